@@ -1,0 +1,42 @@
+# Each target makes .venv and installs what it needs; python3 and make are all that must be there.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_OUT ?= demo
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench clean
+
+help: ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-6s %s\n", $$1, $$2}'
+
+$(VENV)/.base: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml $(VENV)/.base
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	@touch $@
+
+$(VENV)/.bench: pyproject.toml $(VENV)/.base
+	$(BIN)/pip install --quiet --editable '.[bench]'
+	@touch $@
+
+demo: $(VENV)/.base ## generated images through the whole chain, in under two minutes
+	$(BIN)/vqmill demo --out $(DEMO_OUT)
+
+test: $(VENV)/.dev ## all tests; those on real data run where $$VQMILL_DATA or ../shared/data is
+	$(BIN)/pytest
+
+lint: $(VENV)/.dev ## format, lint, types and one-way imports
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.bench ## ratios against peers and physical limits, measured here and now
+	$(BIN)/python -m benchmarks
+
+clean: ## removes the environment and the demo's output
+	rm -rf $(VENV) $(DEMO_OUT)

@@ -1,0 +1,94 @@
+"""Checkpoints: one safetensors file with its configuration in the metadata. Nothing in it can run code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vqmill.errors import CodesError
+from vqmill.files import canonical_json, write_whole
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+METADATA_KEY = "vqmill"
+
+
+def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Writes tensors and a JSON description into one file, beside its place and then renamed.
+
+    Args:
+        path: the `.safetensors` file.
+        tensors: by name, any device; stored as they are, contiguous.
+        metadata: JSON values only; kept as canonical JSON under the key `vqmill`.
+    """
+    write_whole(path, dump_checkpoint(tensors, metadata))
+
+
+def dump_checkpoint(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> bytes:
+    """The bytes of a checkpoint file, for those who ship it over a network rather than through a disk."""
+    from safetensors.torch import save
+
+    whole = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    return save(whole, metadata={METADATA_KEY: canonical_json(metadata).decode()})
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads a checkpoint file onto the CPU.
+
+    Returns:
+        The tensors by name, and the description that was saved with them.
+
+    Raises:
+        CodesError: the file is missing, cut short, not safetensors, or not written by vqmill.
+    """
+    if not path.is_file():
+        raise CodesError(
+            f"{path}: no such checkpoint file. Name the folder or file that a train command wrote with --out."
+        )
+    return parse_checkpoint(path.read_bytes(), str(path))
+
+
+def parse_checkpoint(data: bytes, source: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads a checkpoint from its bytes; `source` names it in errors. See `load_checkpoint`."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        tensors = load(data)
+        header_bytes = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + header_bytes])
+    except (SafetensorError, ValueError, KeyError) as error:  # KeyError: a dtype that torch has not
+        raise CodesError(
+            f"{source}: not a whole safetensors file ({error}). Restore it from a copy, or train again."
+        ) from error
+    text = header.get("__metadata__", {}).get(METADATA_KEY)
+    if text is None:
+        raise CodesError(
+            f"{source}: a safetensors file, but not one of vqmill's (no '{METADATA_KEY}' in its metadata)."
+        )
+    try:
+        metadata = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CodesError(f"{source}: its '{METADATA_KEY}' metadata is not JSON ({error}).") from error
+    if not isinstance(metadata, dict):
+        raise CodesError(f"{source}: its '{METADATA_KEY}' metadata is {type(metadata).__name__}, expected an object.")
+    return tensors, metadata
+
+
+def fingerprint(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> str:
+    """A name for exactly these weights with exactly this configuration: 32 hex digits of a SHA-256.
+
+    Depends on names, dtypes, shapes, values and the configuration; not on device, order or file.
+    """
+    import torch
+
+    digest = hashlib.sha256(canonical_json(config))
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]

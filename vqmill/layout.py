@@ -1,0 +1,202 @@
+"""The store's files: where they lie, and how the bytes of each are made. No commit order here; that is writer.py."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import zarr
+from zarr.codecs import BloscCodec, Crc32cCodec, ShardingCodec
+from zarr.core.buffer import default_buffer_prototype
+from zarr.core.sync import sync
+from zarr.storage import MemoryStore
+
+from vqmill.errors import CodesError
+from vqmill.files import canonical_json, sealed
+from vqmill.spec import LABEL_FILL, LevelSpec, StoreSpec
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+LABEL = "label"
+MAX_METADATA_BYTES = 16 * 1024 * 1024
+
+
+def shard_file(array: str, shard: int, grid_dimensions: int) -> str:
+    """The key of one Zarr shard, relative to the store: `top/c/3/0/0`."""
+    return "/".join([array, "c", str(shard), *["0"] * grid_dimensions])
+
+
+def samples_file(shard: int) -> str:
+    """The Parquet part with one row per code row of a Zarr shard."""
+    return f"samples/part-{shard:06d}.parquet"
+
+
+def quarantine_file(shard: int) -> str:
+    """The Parquet part with one row per sample that was set aside."""
+    return f"quarantine/part-{shard:06d}.parquet"
+
+
+def commit_file(shard: int) -> str:
+    """The record that makes a Zarr shard count."""
+    return f"commits/shard-{shard:06d}.json"
+
+
+def shard_files(spec: StoreSpec, shard: int, rows: int) -> list[str]:
+    """Every file of one Zarr shard, by its path in the store."""
+    arrays = [shard_file(level.name, shard, len(level.grid)) for level in spec.levels] + [shard_file(LABEL, shard, 0)]
+    return [*(arrays if rows else []), samples_file(shard), quarantine_file(shard)]
+
+
+def level_array(level: LevelSpec, rows_per_shard: int, num_rows: int) -> zarr.Array[Any]:
+    """An empty Zarr array in memory, with exactly the metadata and codecs of the stored one."""
+    return zarr.create_array(
+        MemoryStore(),
+        shape=(num_rows, *level.grid),
+        shards=(rows_per_shard, *level.grid),
+        chunks=(level.rows_per_chunk(rows_per_shard), *level.grid),
+        dtype=level.dtype,
+        compressors=[_blosc(level.dtype.itemsize), Crc32cCodec()],
+        fill_value=level.fill_value,
+        dimension_names=level.axes,
+        config={"write_empty_chunks": True},  # an all-fill chunk that leaves no bytes looks like a lost one
+    )
+
+
+def label_array(rows_per_shard: int, num_rows: int) -> zarr.Array[Any]:
+    """The same for the labels: int64 [N], -1 where there is none."""
+    return zarr.create_array(
+        MemoryStore(),
+        shape=(num_rows,),
+        shards=(rows_per_shard,),
+        chunks=(rows_per_shard,),
+        dtype=np.int64,
+        compressors=[_blosc(8), Crc32cCodec()],
+        fill_value=LABEL_FILL,
+        dimension_names=("row",),
+        config={"write_empty_chunks": True},
+    )
+
+
+def _blosc(itemsize: int) -> BloscCodec:
+    return BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle", typesize=itemsize)
+
+
+def encode_zarr_shard(spec: StoreSpec, level: LevelSpec, rows: np.ndarray[Any, Any]) -> bytes:
+    """The bytes of one Zarr shard: a pure function of its rows.
+
+    Args:
+        spec: gives rows per Zarr shard.
+        level: gives grid and dtype.
+        rows: integers [n, *grid] with 1 <= n <= rows_per_shard; the rest is fill.
+
+    Raises:
+        CodesError: a code outside 0..K-1, or rows of another shape.
+    """
+    if rows.shape[1:] != level.grid or not 1 <= len(rows) <= spec.rows_per_shard:
+        raise CodesError(
+            f"level {level.name!r}: expected 1..{spec.rows_per_shard} rows of grid {level.grid}, got shape {rows.shape}."
+        )
+    if rows.dtype.kind not in "iu":
+        raise CodesError(f"level {level.name!r}: expected integers, got {rows.dtype}.")
+    low, high = int(rows.min()), int(rows.max())
+    if low < 0 or high >= level.codebook_size:
+        raise CodesError(
+            f"level {level.name!r}: the tokenizer gave code {high if low >= 0 else low}, valid are 0..{level.codebook_size - 1}."
+        )
+    return _encoded(level_array(level, spec.rows_per_shard, len(rows)), rows.astype(level.dtype))
+
+
+def encode_label_shard(spec: StoreSpec, labels: np.ndarray[Any, Any]) -> bytes:
+    """The bytes of one Zarr shard of labels, int64 [n]."""
+    return _encoded(label_array(spec.rows_per_shard, len(labels)), labels.astype(np.int64))
+
+
+def _encoded(array: zarr.Array[Any], rows: np.ndarray[Any, Any]) -> bytes:
+    array[:] = rows
+    key = "/".join(["c", *["0"] * rows.ndim])
+    return _stored(array, key)
+
+
+def _stored(array: zarr.Array[Any], key: str) -> bytes:
+    buffer = sync(array.store.get(key, default_buffer_prototype()))
+    assert buffer is not None, f"zarr kept nothing under {key}"
+    return buffer.to_bytes()
+
+
+def same_layout(found: zarr.Array[Any], expected: zarr.Array[Any]) -> bool:
+    """Whether two arrays differ in nothing but the number of rows and the rows of a chunk."""
+
+    def facts(array: zarr.Array[Any]) -> list[Any]:
+        metadata = array.metadata
+        facts = [
+            getattr(metadata, name, None)
+            for name in ("zarr_format", "data_type", "chunk_grid", "fill_value", "dimension_names")
+        ]
+        for codec in getattr(metadata, "codecs", ()):
+            facts += (
+                [codec.codecs, codec.index_codecs, codec.index_location]
+                if isinstance(codec, ShardingCodec)
+                else [codec]
+            )
+        return [array.shape[1:], *facts]
+
+    return facts(found) == facts(expected)
+
+
+def array_metadata(spec: StoreSpec) -> dict[str, bytes]:
+    """Each array's `zarr.json` for the rows that the specification counts, by its path in the store."""
+    arrays = {level.name: level_array(level, spec.rows_per_shard, spec.num_rows) for level in spec.levels}
+    arrays[LABEL] = label_array(spec.rows_per_shard, spec.num_rows)
+    return {f"{name}/zarr.json": _stored(array, "zarr.json") for name, array in arrays.items()}
+
+
+def group_metadata(spec: StoreSpec) -> bytes:
+    """The group's `zarr.json`, the file that readers trust."""
+    return canonical_json(
+        {"zarr_format": 3, "node_type": "group", "attributes": {"vqmill": sealed(spec.to_attributes())}}
+    )
+
+
+def read_spec(store: Path) -> StoreSpec:
+    """Reads the group's `zarr.json`.
+
+    Raises:
+        CodesError: not a folder, no store, too large, not JSON, or not one of ours.
+    """
+    path = store / "zarr.json"
+    if not store.exists():
+        raise CodesError(
+            f"{store}: no such code store. Make one with: vqmill tokenize CORPUS --tokenizer DIR --out {store}"
+        )
+    if not path.is_file():
+        raise CodesError(
+            f"{store}: not a code store (it has no zarr.json). Expected a folder that `vqmill tokenize` wrote."
+        )
+    if path.stat().st_size > MAX_METADATA_BYTES:
+        raise CodesError(f"{path}: {path.stat().st_size:,} bytes of metadata, expected at most {MAX_METADATA_BYTES:,}.")
+    try:
+        metadata = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CodesError(f"{path}: not JSON ({error}). Restore it from a copy.") from error
+    attributes = metadata.get("attributes") if isinstance(metadata, dict) else None
+    ours = attributes.get("vqmill") if isinstance(attributes, dict) else None
+    if not isinstance(ours, Mapping):
+        raise CodesError(f"{store}: a Zarr group, but not a vqmill code store (no attributes.vqmill in zarr.json).")
+    spec = StoreSpec.from_attributes(ours, str(store))
+    if sealed(ours) != ours:
+        raise CodesError(f"{path}: damaged: attributes.vqmill is not what its sha256 says. Restore it from a copy.")
+    return spec
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    """A table as one Parquet file: the same bytes for the same rows."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue().to_pybytes()

@@ -1,0 +1,235 @@
+"""The store's specification: which arrays there are, how they are cut, and what the group's metadata says.
+
+docs/format.md is the prose of this file. Everything here is pure: no disk, no Zarr.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from vqmill.errors import CodesError
+
+FORMAT_VERSION = 1
+CHUNK_BYTES = 128 * 1024  # raw bytes of one chunk: the smallest at which blosc-zstd has reached its ratio
+SHARD_BYTES = 16 * 1024 * 1024  # raw bytes of one Zarr shard, from which object stores read at full speed
+MAX_ROWS_PER_SHARD = (
+    4096  # small grids would otherwise put a whole corpus into one shard, and a resume would start again
+)
+MISSING_LABEL = -1
+LABEL_FILL = -(2**63)  # never a label, so that a lost Zarr shard can be told from samples without one
+
+
+def dtype_for(codebook_size: int) -> np.dtype[Any]:
+    """The narrowest unsigned dtype that holds codes 0..K-1 and keeps its maximum free as the fill value.
+
+    >>> dtype_for(255), dtype_for(256), dtype_for(65536)
+    (dtype('uint8'), dtype('uint16'), dtype('uint32'))
+    """
+    if codebook_size < 1:
+        raise CodesError(f"codebook_size must be at least 1, got {codebook_size}.")
+    for dtype in (np.uint8, np.uint16, np.uint32):
+        if codebook_size <= np.iinfo(dtype).max:
+            return np.dtype(dtype)
+    raise CodesError(f"codebook_size {codebook_size} does not fit 32 bits.")
+
+
+@dataclass(frozen=True)
+class LevelSpec:
+    """One level of codes: `grid` is (h, w) for images, (t, h, w) for video; a row of the store is one grid."""
+
+    name: str
+    codebook_size: int
+    grid: tuple[int, ...]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The stored dtype, by codebook size."""
+        return dtype_for(self.codebook_size)
+
+    @property
+    def fill_value(self) -> int:
+        """The dtype's maximum: never a code, so that what was not written can be told from code 0."""
+        return int(np.iinfo(self.dtype).max)
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Names of the array's dimensions, rows first."""
+        return ("row", *("time", "y", "x")[-len(self.grid) :])
+
+    @property
+    def row_bytes(self) -> int:
+        """Raw bytes of one row."""
+        return math.prod(self.grid) * self.dtype.itemsize
+
+    def rows_per_chunk(self, rows_per_shard: int) -> int:
+        """Rows of one chunk: about CHUNK_BYTES, a divisor of the Zarr shard."""
+        target = max(1, CHUNK_BYTES // self.row_bytes)
+        if target >= rows_per_shard:
+            return rows_per_shard
+        return max(rows for rows in range(1, target + 1) if rows_per_shard % rows == 0)
+
+
+def default_rows_per_shard(levels: Sequence[LevelSpec]) -> int:
+    """Rows of one Zarr shard: SHARD_BYTES of the coarsest level, a power of two, at most MAX_ROWS_PER_SHARD."""
+    rows = max(SHARD_BYTES // level.row_bytes for level in levels)
+    return min(MAX_ROWS_PER_SHARD, 1 << max(0, rows.bit_length() - 1))
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Rows that one plan brought: where they begin, and the digest of the plan."""
+
+    plan: str
+    first_row: int = 0
+    first_commit: int = 0
+
+
+@dataclass(frozen=True)
+class StoreSpec:
+    """What a store holds and how it was made: the group's `attributes.vqmill`.
+
+    Attributes:
+        levels: coarse to fine; one level is called `codes`, two are `top` and `bottom`.
+        rows_per_shard: rows of one Zarr shard, the same at every level.
+        tokenizer: at least `fingerprint`, `preset` and `precision`.
+        preprocessing: at least `size`, `crop`, `decoder`.
+        corpus: `description`, `num_samples`, `class_names`, `skipped`.
+        segments: in commit order.
+        num_rows: committed rows; what readers trust.
+        num_commits: committed Zarr shards.
+        complete: whether the whole plan is in.
+    """
+
+    levels: tuple[LevelSpec, ...]
+    rows_per_shard: int
+    tokenizer: Mapping[str, Any]
+    preprocessing: Mapping[str, Any] = field(default_factory=dict)
+    corpus: Mapping[str, Any] = field(default_factory=dict)
+    segments: tuple[Segment, ...] = ()
+    num_rows: int = 0
+    num_commits: int = 0
+    complete: bool = False
+
+    def __post_init__(self) -> None:
+        names = [level.name for level in self.levels]
+        if not names or len(set(names)) != len(names):
+            raise CodesError(f"a store needs one or more levels with different names, got {names}.")
+        for level in self.levels:
+            dtype_for(level.codebook_size)
+            if (
+                not level.name.isidentifier()
+                or level.name.startswith("__")
+                or level.name in ("samples", "quarantine", "commits", "label")
+            ):
+                raise CodesError(
+                    f"level name {level.name!r} is not usable: expected letters, digits and _, and none of the store's own names."
+                )
+            if not 1 <= len(level.grid) <= 3 or min(level.grid) < 1:
+                raise CodesError(
+                    f"level {level.name!r}: expected a grid of one to three positive sizes, got {list(level.grid)}."
+                )
+        if self.rows_per_shard < 1:
+            raise CodesError(f"rows per Zarr shard must be at least 1, got {self.rows_per_shard}.")
+
+    def level(self, name: str) -> LevelSpec:
+        """The level of that name."""
+        for level in self.levels:
+            if level.name == name:
+                return level
+        raise CodesError(f"no level {name!r} in this store; it has {', '.join(level.name for level in self.levels)}.")
+
+    @property
+    def row_bytes(self) -> int:
+        """Raw bytes of one row over all levels."""
+        return sum(level.row_bytes for level in self.levels)
+
+    def with_progress(self, *, num_rows: int, num_commits: int, complete: bool) -> StoreSpec:
+        """The same store, further on."""
+        return replace(self, num_rows=num_rows, num_commits=num_commits, complete=complete)
+
+    def settings(self) -> dict[str, Any]:
+        """All that two runs must share to write the same store: everything but the progress and the corpus's address."""
+        attributes = self.to_attributes()
+        for progress in ("num_rows", "num_commits", "complete"):
+            del attributes[progress]
+        attributes["levels"] = {level.pop("name"): level for level in attributes["levels"]}
+        attributes["plan"] = attributes.pop("segments")[-1]["plan"] if self.segments else None
+        attributes["corpus"].pop("description", None)
+        return attributes
+
+    def to_attributes(self) -> dict[str, Any]:
+        """The JSON object under `attributes.vqmill`."""
+        levels = [
+            {
+                "name": level.name,
+                "codebook_size": level.codebook_size,
+                "grid": list(level.grid),
+                "axes": list(level.axes),
+            }
+            for level in self.levels
+        ]
+        return {
+            "format_version": FORMAT_VERSION,
+            "levels": levels,
+            "rows_per_shard": self.rows_per_shard,
+            "tokenizer": dict(self.tokenizer),
+            "preprocessing": dict(self.preprocessing),
+            "corpus": dict(self.corpus),
+            "segments": [asdict(segment) for segment in self.segments],
+            "num_rows": self.num_rows,
+            "num_commits": self.num_commits,
+            "complete": self.complete,
+        }
+
+    @classmethod
+    def from_attributes(cls, attributes: Mapping[str, Any], source: str) -> StoreSpec:
+        """Reads `attributes.vqmill`.
+
+        Raises:
+            CodesError: another format version, or something missing or of the wrong kind; `source` names the store.
+        """
+        version = attributes.get("format_version")
+        if type(version) is not int or version != FORMAT_VERSION:
+            raise CodesError(
+                f"{source}: format_version is {version!r}; this vqmill reads version {FORMAT_VERSION}. Install a newer vqmill."
+            )
+        try:
+            levels = tuple(
+                LevelSpec(
+                    str(level["name"]), _whole(level["codebook_size"]), tuple(_whole(size) for size in level["grid"])
+                )
+                for level in attributes["levels"]
+            )
+            segments = tuple(
+                Segment(str(segment["plan"]), _whole(segment["first_row"]), _whole(segment["first_commit"]))
+                for segment in attributes["segments"]
+            )
+            return cls(
+                levels=levels,
+                rows_per_shard=_whole(attributes["rows_per_shard"]),
+                tokenizer=dict(attributes["tokenizer"]),
+                preprocessing=dict(attributes["preprocessing"]),
+                corpus=dict(attributes["corpus"]),
+                segments=segments,
+                num_rows=_whole(attributes["num_rows"]),
+                num_commits=_whole(attributes["num_commits"]),
+                complete=attributes["complete"] is True,
+            )
+        except CodesError as error:
+            raise CodesError(f"{source}: damaged store metadata: {error}") from error
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CodesError(
+                f"{source}: damaged store metadata ({type(error).__name__}: {error}). Restore zarr.json from a copy."
+            ) from error
+
+
+def _whole(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise TypeError(f"expected a whole number, got {json.dumps(value, default=str)}")
+    return value
