@@ -1,0 +1,127 @@
+"""How well codes are predicted: negative log-likelihoods, scores of samples, and baselines that any prior must beat."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch.nn.functional as F
+from torch import Tensor
+
+from priors.hierarchy import LevelPrior, Prior, inference
+from vqmill.errors import CodesError
+
+
+def code_nats(logits: Tensor, codes: Tensor) -> Tensor:
+    """-ln p of each code: float [N, K, h, w] and int64 [N, h, w] -> float32 [N, h, w]. In fp32 also under autocast."""
+    return F.cross_entropy(logits.float(), codes, reduction="none")
+
+
+def level_nats(level_prior: LevelPrior, batch: Mapping[str, Tensor]) -> Tensor:
+    """-ln p of each code of one level of a batch from a store: float32 [N, h, w].
+
+    Args:
+        level_prior: the level's network, in the mode that is wanted.
+        batch: this and all coarser levels by name, integers of any kind [N, h, w]; `label` int64 [N] unless num_classes is 0.
+
+    Raises:
+        CodesError: a level or the label is missing from the batch.
+    """
+    wanted = [*level_prior.upper_names, level_prior.shape.name, *(["label"] if level_prior.num_classes else [])]
+    missing = [name for name in wanted if name not in batch]
+    if missing:
+        raise CodesError(
+            f"level '{level_prior.shape.name}': the batch lacks {', '.join(missing)}; it has {', '.join(batch)}."
+        )
+    integers = {name: batch[name].long() for name in wanted}
+    codes = integers[level_prior.shape.name]
+    return code_nats(level_prior(codes, level_prior.condition(integers.get("label"), integers)), codes)
+
+
+def score(prior: Prior, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """How surprising each sample is, level by level: bits per sample, float64 [N]. Their sum over levels is -log2 p(sample | label).
+
+    Args:
+        prior: any mode; its mode is kept.
+        batch: all levels by name, integers [N, h, w]; `label` int64 [N] unless the prior takes none.
+    """
+    with inference(prior):
+        nats = {name: level_nats(prior.level_prior(name), batch) for name in prior.levels}
+    return {name: values.flatten(1).double().sum(1) / math.log(2) for name, values in nats.items()}
+
+
+@dataclass(frozen=True)
+class Baselines:
+    """Bits per code of models that know nothing about images.
+
+    Attributes:
+        uniform: every code equally likely, log2 K.
+        unigram: each code by how often it is used, wherever it stands.
+        bigram: each code by what stands left of it (above it in the first column), falling back on the unigram.
+    """
+
+    uniform: float
+    unigram: float
+    bigram: float
+
+
+def baselines(codes: np.ndarray[Any, Any], codebook_size: int, train: np.ndarray[Any, Any] | None = None) -> Baselines:
+    """Bits per code of the uniform, unigram and bigram models.
+
+    Args:
+        codes: integers [N, h, w] in [0, K), what is predicted.
+        codebook_size: K.
+        train: integers [M, h, w], where the counts come from. None: from `codes`, each code being predicted from all the
+            others (leave-one-out), so that a large table does not look good by remembering.
+
+    Raises:
+        CodesError: no codes, not three axes, or a code out of its range.
+
+    Example:
+        >>> baselines(np.zeros((8, 4, 4), np.uint8), 4).uniform
+        2.0
+    """
+    source = codes if train is None else train
+    for array in (codes, source):
+        _check_codes(array, codebook_size)
+    own = 1 if train is None else 0
+    before, after = _neighbours(codes)
+    source_before, source_after = _neighbours(source)
+
+    counts = np.bincount(source.reshape(-1), minlength=codebook_size)
+
+    def unigram(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        # Half a count for every code (Krichevsky and Trofimov 1981): a code never seen in `train` costs bits, not infinity.
+        return (counts[values] - own + 0.5) / (counts.sum() - own + 0.5 * codebook_size)
+
+    # Pairs are counted by sorting, so that memory follows the codes and not K x K.
+    pairs, pair_counts = np.unique(source_before * codebook_size + source_after, return_counts=True)
+    wanted = before * codebook_size + after
+    place = np.minimum(np.searchsorted(pairs, wanted), len(pairs) - 1)
+    seen = np.where(pairs[place] == wanted, pair_counts[place], 0) - own
+    context = np.bincount(source_before, minlength=codebook_size)[before] - own
+    # Dirichlet smoothing towards the unigram (MacKay and Peto 1995): as if `strength` codes had been seen after each context.
+    strength = math.sqrt(codebook_size)
+    paired = (seen + strength * unigram(after)) / (context + strength)
+    first = unigram(codes[:, 0, 0].astype(np.int64))
+    flat = unigram(codes.reshape(-1))
+    bigram_bits = -(np.log2(paired).sum() + np.log2(first).sum()) / codes.size
+    return Baselines(math.log2(codebook_size), float(-np.log2(flat).mean()), float(bigram_bits))
+
+
+def _check_codes(codes: np.ndarray[Any, Any], codebook_size: int) -> None:
+    if codes.ndim != 3 or not codes.size:
+        raise CodesError(f"expected codes [N, h, w] with at least one code, found shape {codes.shape}.")
+    if int(codes.min()) < 0 or int(codes.max()) >= codebook_size:
+        raise CodesError(f"expected codes in [0, {codebook_size}), found {int(codes.min())}..{int(codes.max())}.")
+
+
+def _neighbours(codes: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """All pairs (the code before, the code) of [N, h, w], flat int64: left to right, and downward in the first column."""
+    wide = codes.astype(np.int64)
+    before = np.concatenate([wide[:, :, :-1].reshape(-1), wide[:, :-1, 0].reshape(-1)])
+    after = np.concatenate([wide[:, :, 1:].reshape(-1), wide[:, 1:, 0].reshape(-1)])
+    return before, after

@@ -1,0 +1,53 @@
+"""A prior on disk: `prior.safetensors`, its weights with its configuration in the metadata."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from priors.config import PriorConfig
+from priors.hierarchy import Prior
+from vqmill.checkpoint import load_checkpoint, save_checkpoint
+from vqmill.errors import CodesError
+
+FILE_NAME = "prior.safetensors"
+KIND = "prior"
+
+
+def save(prior: Prior, folder: Path | str) -> Path:
+    """Writes a prior into a folder (made if need be, an older prior there is replaced) and returns the file."""
+    path = Path(folder) / FILE_NAME
+    save_checkpoint(
+        path, prior.state_dict(), {"kind": KIND, "config": prior.config.to_dict(), "fingerprint": prior.fingerprint}
+    )
+    return path
+
+
+def load(path: Path | str) -> Prior:
+    """Reads a prior onto the CPU, in evaluation mode.
+
+    Args:
+        path: the folder that `save` wrote into, or the file itself.
+
+    Raises:
+        CodesError: the file is missing, damaged, not a prior, or its weights are not those that its fingerprint names.
+    """
+    path = Path(path)
+    file = path / FILE_NAME if path.is_dir() else path
+    tensors, metadata = load_checkpoint(file)
+    if metadata.get("kind") != KIND:
+        raise CodesError(f"{file}: expected a prior, found a checkpoint of kind {metadata.get('kind')!r}.")
+    config = metadata.get("config")
+    if not isinstance(config, dict):
+        raise CodesError(
+            f"{file}: the prior's configuration is missing from the metadata. Restore the file from a copy."
+        )
+    prior = Prior(PriorConfig.from_dict(config))
+    try:
+        prior.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        raise CodesError(f"{file}: the weights do not fit the configuration beside them ({error}).") from error
+    if prior.fingerprint != metadata.get("fingerprint"):
+        raise CodesError(
+            f"{file}: expected weights of fingerprint {metadata.get('fingerprint')}, found {prior.fingerprint}. Restore the file from a copy."
+        )
+    return prior.eval()

@@ -1,0 +1,113 @@
+"""Configuration: every field matters, nothing wrong gets in, nothing is lost on the way to JSON."""
+
+import json
+from dataclasses import fields, replace
+
+import pytest
+import torch
+
+from priors import PRESETS, LevelShape, Prior, PriorConfig, PriorStep, from_preset
+from vqmill.errors import CodesError
+
+LEVELS = (LevelShape("top", 5, (2, 2)), LevelShape("bottom", 6, (4, 4)))
+BASE = PriorConfig(LEVELS, 3, "tok", depth=8, num_layers=2, dropout=0.0, label_dropout=0.0)
+OTHER_VALUES = {
+    "levels": (LEVELS[0], LevelShape("bottom", 7, (4, 4))),
+    "num_classes": 4,
+    "depth": 12,
+    "num_layers": 3,
+    "horizontal": 2,
+    "vertical": 2,
+    "norm": False,
+    "vertical_residual": False,
+    "position": False,
+    "num_output_blocks": 2,
+    "num_condition_blocks": 1,
+    "dropout": 0.5,
+    "label_dropout": 0.9,
+}
+
+
+def trace(config):
+    """What a training step of the finer level makes of a fixed batch."""
+    torch.manual_seed(0)
+    prior = Prior(config)
+    batch = {"top": torch.arange(16).view(4, 2, 2) % 5, "bottom": torch.arange(64).view(4, 4, 4) % 6}
+    loss = PriorStep(prior, "bottom")(batch | {"label": torch.tensor([0, 1, 2, 0])}).loss
+    shapes = {name: tuple(tensor.shape) for name, tensor in prior.state_dict().items()}
+    return shapes, loss.item()
+
+
+@pytest.mark.parametrize("field", [field.name for field in fields(PriorConfig)])
+def test_every_field_has_an_effect(field):
+    if field in ("tokenizer_fingerprint", "preset"):  # records: they show in the fingerprint
+        changed = replace(BASE, **{field: "other"})
+        torch.manual_seed(0)
+        prior = Prior(BASE)
+        former = prior.fingerprint
+        prior.config = changed
+        assert prior.fingerprint != former
+    else:
+        assert trace(replace(BASE, **{field: OTHER_VALUES[field]})) != trace(BASE)
+        assert trace(BASE) == trace(BASE)
+
+
+def test_json_round_trip():
+    assert PriorConfig.from_dict(json.loads(json.dumps(BASE.to_dict()))) == BASE
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_build_and_are_recorded(name):
+    prior = from_preset(name, LEVELS, 3, "tok", num_layers=1)
+    assert prior.config.preset == name
+    assert prior.config.num_layers == 1
+    assert prior.levels == ("top", "bottom")
+
+
+def test_unknown_names_are_answered_with_the_nearest():
+    with pytest.raises(CodesError, match="Did you mean 'pixelcnn'"):
+        from_preset("pixelcn", LEVELS, 3, "tok")
+    with pytest.raises(CodesError, match="Did you mean 'dropout'"):
+        from_preset("pixelcnn", LEVELS, 3, "tok", dropuot=0.1)
+    with pytest.raises(CodesError, match=r"unknown key 'deepth'.*Did you mean 'depth'"):
+        PriorConfig.from_dict(BASE.to_dict() | {"deepth": 3})
+    with pytest.raises(CodesError, match="missing depth"):
+        PriorConfig.from_dict({key: value for key, value in BASE.to_dict().items() if key != "depth"})
+    with pytest.raises(CodesError, match="Did you mean 'top'"):
+        Prior(BASE).level_prior("topp")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"levels": ()},
+        {"levels": (LEVELS[0], LEVELS[0])},
+        {"levels": (LEVELS[1], LEVELS[0])},
+        {"levels": (LEVELS[0], LevelShape("bottom", 6, (5, 4)))},
+        {"num_classes": -1},
+        {"num_classes": True},
+        {"depth": 0},
+        {"depth": 8.0},
+        {"horizontal": 0},
+        {"num_layers": -1},
+        {"norm": 1},
+        {"dropout": 1.0},
+        {"dropout": float("nan")},
+        {"label_dropout": -0.1},
+    ],
+)
+def test_bad_values_are_refused(wrong):
+    with pytest.raises(CodesError, match=next(iter(wrong))):
+        replace(BASE, **wrong)
+
+
+@pytest.mark.parametrize("shape", [("", 5, (2, 2)), ("top", 0, (2, 2)), ("top", 5, (2,)), ("top", 5, (2, 0))])
+def test_bad_levels_are_refused(shape):
+    with pytest.raises(CodesError, match=r"level|grid"):
+        LevelShape(*shape)
+
+
+def test_another_tokenizer_is_refused_by_name():
+    BASE.check_tokenizer("tok")
+    with pytest.raises(CodesError, match=r"tokenizer tok, but was given tokenizer zzz"):
+        BASE.check_tokenizer("zzz")

@@ -1,0 +1,117 @@
+"""Sampling and exact likelihood through `run`."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from priors import LevelShape, from_preset, run, sample, score
+from priors.hierarchy import inference
+from priors.sampling import gumbel_noise
+from vqmill.errors import CodesError
+
+
+def test_a_sample_does_not_depend_on_its_batch(toy):
+    labels = torch.tensor([0, 1, 2, -1, 0, 1, 2])
+    whole = sample(toy, 7, labels, seed=5, batch_size=7)
+    split = sample(toy, 7, labels, seed=5, batch_size=2)
+    fewer = sample(toy, 3, labels[:3], seed=5, batch_size=64)
+    for name, grid in (("top", (2, 2)), ("bottom", (4, 4))):
+        assert whole[name].dtype == torch.int64
+        assert whole[name].shape == (7, *grid)
+        assert torch.equal(whole[name], split[name])
+        assert torch.equal(whole[name][:3], fewer[name])
+    assert len(torch.unique(whole["bottom"].flatten(1), dim=0)) == 7
+
+
+def test_seed_label_and_temperature_matter(toy):
+    labels = torch.zeros(16, dtype=torch.int64)
+    first = sample(toy, 16, labels, seed=1)["bottom"]
+    assert not torch.equal(first, sample(toy, 16, labels, seed=2)["bottom"])
+    assert not torch.equal(first, sample(toy, 16, labels + 1, seed=1)["bottom"])
+    assert not torch.equal(first, sample(toy, 16, labels, seed=1, temperature=0.3)["bottom"])
+    coldest = sample(toy, 16, labels, seed=1, temperature=0.0)["bottom"]
+    assert len(torch.unique(coldest.flatten(1), dim=0)) == 1
+
+
+def test_probabilities_of_all_grids_sum_to_one_and_agree_with_the_parallel_forward():
+    torch.manual_seed(0)
+    prior = from_preset("pixelcnn-tiny", [LevelShape("codes", 3, (2, 2))], 0, "tok", depth=8).double()
+    level = prior.level_prior("codes")
+    grids = torch.tensor(list(itertools.product(range(3), repeat=4)))  # [81, 4]
+    total = torch.zeros(81, dtype=torch.float64)
+
+    def known(logits, position):
+        total.add_(logits.log_softmax(1).gather(1, grids[:, position, None])[:, 0])
+        return grids[:, position]
+
+    codes = run(level, 81, known, None)
+    assert torch.equal(codes.flatten(1), grids)
+    assert total.exp().sum().item() == pytest.approx(1, abs=1e-12)
+    with inference(level):
+        parallel = level(codes, None).log_softmax(1).gather(1, codes[:, None])[:, 0].sum((1, 2))
+    torch.testing.assert_close(total, parallel, rtol=0, atol=1e-12)
+    bits = score(prior, {"codes": codes})["codes"]
+    torch.testing.assert_close(bits, -total / np.log(2), rtol=1e-5, atol=1e-5)
+
+
+def test_samples_follow_the_model():
+    torch.manual_seed(0)
+    prior = from_preset("pixelcnn-tiny", [LevelShape("codes", 3, (1, 2))], 0, "tok", depth=8)
+    drawn = sample(prior, 4000, seed=3, batch_size=4000)["codes"].flatten(1)
+    grids = torch.cartesian_prod(torch.arange(3), torch.arange(3)).view(9, 1, 2)
+    wanted = 2.0 ** -score(prior, {"codes": grids})["codes"]
+    counts = torch.bincount(drawn[:, 0] * 3 + drawn[:, 1], minlength=9)
+    spread = (4000 * wanted * (1 - wanted)).sqrt()
+    assert ((counts - 4000 * wanted).abs() < 4 * spread).all()
+
+
+def test_noise_is_gumbel_and_belongs_to_the_sample():
+    noise = gumbel_noise(7, 0, 3, range(40), 500)
+    assert torch.equal(noise[10:12], gumbel_noise(7, 0, 3, range(10, 12), 500))
+    assert torch.equal(noise[:, :100], gumbel_noise(7, 0, 3, range(40), 100))
+    assert noise.mean().item() == pytest.approx(0.5772, abs=0.03)
+    assert noise.var().item() == pytest.approx(np.pi**2 / 6, abs=0.08)
+    others = [
+        gumbel_noise(8, 0, 3, range(40), 500),
+        gumbel_noise(7, 1, 3, range(40), 500),
+        gumbel_noise(7, 0, 4, range(40), 500),
+    ]
+    assert not any(torch.isin(noise, other).float().mean() > 0.01 for other in others)
+
+
+def test_sampling_leaves_mode_and_global_randomness_alone(toy):
+    toy.train()
+    before = torch.get_rng_state()
+    seen = []
+    sample(toy, 3, seed=0, batch_size=2, progress=lambda done, total: seen.append((done, total)))
+    assert all(module.training for module in toy.modules())
+    assert torch.equal(before, torch.get_rng_state())
+    assert seen[-1] == (60, 60)
+    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num": 0}, "num"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"seed": -1}, "seed"),
+        ({"labels": torch.tensor([0, 3])}, r"expected 0\.\.2 .*found 3"),
+        ({"labels": torch.tensor([-2, 0])}, "found -2"),
+        ({"labels": torch.tensor([0])}, "expected 2 whole numbers"),
+        ({"labels": torch.tensor([0.5, 1.0])}, "whole numbers"),
+    ],
+)
+def test_bad_arguments_are_refused(toy, arguments, message):
+    with pytest.raises(CodesError, match=message):
+        sample(toy, **({"num": 2} | arguments))
+
+
+def test_labels_for_a_prior_without_labels_are_refused():
+    prior = from_preset("pixelcnn-tiny", [LevelShape("codes", 3, (2, 2))], 0, "tok", depth=8)
+    with pytest.raises(CodesError, match="without them"):
+        sample(prior, 1, torch.tensor([0]))

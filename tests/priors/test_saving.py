@@ -1,0 +1,52 @@
+"""A prior on disk is the same prior, or an error that says why not."""
+
+import pytest
+import torch
+
+from priors import load, save
+from priors.hierarchy import inference
+from vqmill.checkpoint import load_checkpoint, save_checkpoint
+from vqmill.errors import CodesError
+
+
+def test_round_trip_keeps_logits_configuration_and_fingerprint(toy, tmp_path):
+    file = save(toy, tmp_path / "run")
+    assert file == tmp_path / "run" / "prior.safetensors"
+    for path in (tmp_path / "run", file, str(file)):
+        again = load(path)
+        assert again.config == toy.config
+        assert again.fingerprint == toy.fingerprint
+        assert not again.training
+    codes = torch.randint(0, 5, (3, 2, 2))
+    label = torch.tensor([0, 1, -1])
+    with inference(toy), inference(again):
+        before, after = (
+            prior.level_prior("top")(codes, prior.level_prior("top").condition(label, {})) for prior in (toy, again)
+        )
+    assert torch.equal(before, after)
+
+
+def test_the_fingerprint_follows_the_weights(toy):
+    before = toy.fingerprint
+    assert len(before) == 32
+    with torch.no_grad():
+        next(toy.parameters()).add_(1)
+    assert toy.fingerprint != before
+
+
+def test_wrong_files_are_refused(toy, tmp_path):
+    with pytest.raises(CodesError, match="no such checkpoint"):
+        load(tmp_path)
+    file = save(toy, tmp_path)
+    tensors, metadata = load_checkpoint(file)
+    name = next(iter(tensors))
+    for changed_tensors, changed_metadata, message in (
+        (tensors, {"kind": "tokenizer"}, "expected a prior"),
+        (tensors, {"kind": "prior"}, "configuration is missing"),
+        ({k: v for k, v in tensors.items() if k != name}, metadata, "do not fit"),
+        (tensors | {name: tensors[name] + 1}, metadata, "fingerprint"),
+        (tensors, metadata | {"config": metadata["config"] | {"deepth": 1}}, "unknown key"),
+    ):
+        save_checkpoint(file, changed_tensors, changed_metadata)
+        with pytest.raises(CodesError, match=message):
+            load(file)
