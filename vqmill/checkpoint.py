@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vqmill.errors import CodesError
-from vqmill.files import canonical_json, write_whole
+from vqmill.files import JsonValue, canonical_json, write_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,7 +71,7 @@ def parse_checkpoint(data: bytes, source: str) -> tuple[dict[str, Tensor], dict[
             f"{source}: a safetensors file, but not one of vqmill's (no '{METADATA_KEY}' in its metadata)."
         )
     try:
-        metadata = json.loads(text)
+        metadata: JsonValue = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CodesError(f"{source}: its '{METADATA_KEY}' metadata is not JSON ({error}).") from error
     if not isinstance(metadata, dict):

@@ -14,6 +14,7 @@ from typing import Any
 from vqmill.errors import UsageError
 
 PARTIAL_SUFFIX = ".partial"
+JsonValue = dict[str, Any] | list[Any] | str | float | bool | None  # what json.loads gives
 
 
 def canonical_json(value: Mapping[str, Any]) -> bytes:

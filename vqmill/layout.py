@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +14,8 @@ from zarr.core.sync import sync
 from zarr.storage import MemoryStore
 
 from vqmill.errors import CodesError
-from vqmill.files import canonical_json, sealed
-from vqmill.spec import LABEL_FILL, LevelSpec, StoreSpec
+from vqmill.files import JsonValue, canonical_json, sealed
+from vqmill.spec import LABEL_FILL, MISSING_LABEL, LevelSpec, StoreSpec
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -47,13 +46,16 @@ def commit_file(shard: int) -> str:
 
 def shard_files(spec: StoreSpec, shard: int, rows: int) -> list[str]:
     """Every file of one Zarr shard, by its path in the store."""
-    arrays = [shard_file(level.name, shard, len(level.grid)) for level in spec.levels] + [shard_file(LABEL, shard, 0)]
-    return [*(arrays if rows else []), samples_file(shard), quarantine_file(shard)]
+    tables = [samples_file(shard), quarantine_file(shard)]
+    if rows == 0:
+        return tables
+    levels = [shard_file(level.name, shard, len(level.grid)) for level in spec.levels]
+    return [*levels, shard_file(LABEL, shard, 0), *tables]
 
 
 def level_array(level: LevelSpec, rows_per_shard: int, num_rows: int) -> zarr.Array[Any]:
     """An empty Zarr array in memory, with exactly the metadata and codecs of the stored one."""
-    return zarr.create_array(
+    return zarr.create_array(  # pyright: ignore[reportUnknownMemberType]
         MemoryStore(),
         shape=(num_rows, *level.grid),
         shards=(rows_per_shard, *level.grid),
@@ -68,7 +70,7 @@ def level_array(level: LevelSpec, rows_per_shard: int, num_rows: int) -> zarr.Ar
 
 def label_array(rows_per_shard: int, num_rows: int) -> zarr.Array[Any]:
     """The same for the labels: int64 [N], -1 where there is none."""
-    return zarr.create_array(
+    return zarr.create_array(  # pyright: ignore[reportUnknownMemberType]
         MemoryStore(),
         shape=(num_rows,),
         shards=(rows_per_shard,),
@@ -132,17 +134,17 @@ def same_layout(found: zarr.Array[Any], expected: zarr.Array[Any]) -> bool:
 
     def facts(array: zarr.Array[Any]) -> list[Any]:
         metadata = array.metadata
-        facts = [
+        values = [
             getattr(metadata, name, None)
             for name in ("zarr_format", "data_type", "chunk_grid", "fill_value", "dimension_names")
         ]
         for codec in getattr(metadata, "codecs", ()):
-            facts += (
+            values += (
                 [codec.codecs, codec.index_codecs, codec.index_location]
                 if isinstance(codec, ShardingCodec)
                 else [codec]
             )
-        return [array.shape[1:], *facts]
+        return [array.shape[1:], *values]
 
     return facts(found) == facts(expected)
 
@@ -179,17 +181,24 @@ def read_spec(store: Path) -> StoreSpec:
     if path.stat().st_size > MAX_METADATA_BYTES:
         raise CodesError(f"{path}: {path.stat().st_size:,} bytes of metadata, expected at most {MAX_METADATA_BYTES:,}.")
     try:
-        metadata = json.loads(path.read_bytes())
+        metadata: JsonValue = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise CodesError(f"{path}: not JSON ({error}). Restore it from a copy.") from error
-    attributes = metadata.get("attributes") if isinstance(metadata, dict) else None
-    ours = attributes.get("vqmill") if isinstance(attributes, dict) else None
-    if not isinstance(ours, Mapping):
+    attributes: JsonValue = metadata.get("attributes") if isinstance(metadata, dict) else None
+    ours: JsonValue = attributes.get("vqmill") if isinstance(attributes, dict) else None
+    if not isinstance(ours, dict):
         raise CodesError(f"{store}: a Zarr group, but not a vqmill code store (no attributes.vqmill in zarr.json).")
     spec = StoreSpec.from_attributes(ours, str(store))
     if sealed(ours) != ours:
         raise CodesError(f"{path}: damaged: attributes.vqmill is not what its sha256 says. Restore it from a copy.")
     return spec
+
+
+def label_column(samples: pa.Table) -> np.ndarray[Any, Any]:
+    """The labels of a samples table, int64 [n]; -1 where there is none."""
+    import pyarrow as pa
+
+    return np.asarray(samples["label"].fill_null(pa.scalar(MISSING_LABEL, pa.int64())))
 
 
 def parquet_bytes(table: pa.Table) -> bytes:
@@ -198,5 +207,5 @@ def parquet_bytes(table: pa.Table) -> bytes:
     import pyarrow.parquet as pq
 
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
+    pq.write_table(table, sink, compression="zstd")  # pyright: ignore[reportUnknownMemberType]
     return sink.getvalue().to_pybytes()

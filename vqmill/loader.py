@@ -19,6 +19,7 @@ from vqmill.spec import StoreSpec
 if TYPE_CHECKING:
     from vqmill.store import LevelArray
 
+Batch = dict[str, np.ndarray[Any, Any]]
 LastBatch = Literal["keep", "drop", "pad"]
 POOL_BYTES = 64 * 1024 * 1024  # raw codes held at a time; the wider, the closer to a full shuffle
 
@@ -36,7 +37,6 @@ class CodeBatches:
             raise CodesError(f"rank must be in 0..{world_size - 1} for world_size {world_size}, got {rank}.")
         if last not in ("keep", "drop", "pad"):
             raise CodesError(f"last must be 'keep', 'drop' or 'pad', got {last!r}.")
-        self._spec, self._arrays, self._labels = spec, arrays, labels
         if not 0 <= seed < 2**64:
             raise CodesError(f"seed must be in 0..{2**64 - 1}, got {seed}.")
         chosen = np.arange(spec.num_rows) if rows is None else np.asarray(rows)
@@ -49,6 +49,7 @@ class CodeBatches:
             raise CodesError("rows must be distinct, got some twice.")
         if len(self._rows) and not (self._rows[0] >= 0 and self._rows[-1] < spec.num_rows):
             raise CodesError(f"rows must lie in 0..{spec.num_rows - 1}, got {self._rows[0]}..{self._rows[-1]}.")
+        self._spec, self._arrays, self._labels = spec, arrays, labels
         self._batch_size, self._shuffle, self._seed = batch_size, shuffle, seed
         self._rank, self._world_size, self._last = rank, world_size, last
         self._selection = hashlib.sha256(self._rows.tobytes()).hexdigest()[:16]
@@ -90,7 +91,7 @@ class CodeBatches:
             raise CodesError(f"the loader's state is damaged: epoch={epoch!r}, global_batches={done!r}.")
         self._epoch, self._done = epoch, done
 
-    def __iter__(self) -> Iterator[dict[str, np.ndarray[Any, Any]]]:
+    def __iter__(self) -> Iterator[Batch]:
         global_size = self._batch_size * self._world_size
         order = self._order()
         if self._last == "drop":
@@ -115,9 +116,7 @@ class CodeBatches:
     def _share(self, rows: int) -> int:
         return -(-rows // self._world_size)
 
-    def _part_of(
-        self, read: Mapping[str, np.ndarray[Any, Any]], start: int, rows: int
-    ) -> dict[str, np.ndarray[Any, Any]] | None:
+    def _part_of(self, read: Batch, start: int, rows: int) -> Batch | None:
         share = self._share(rows)
         first, stop = start + self._rank * share, start + min(rows, (self._rank + 1) * share)
         return {name: values[first:stop] for name, values in read.items()} if first < stop else None
@@ -129,13 +128,13 @@ class CodeBatches:
         generator = np.random.Generator(np.random.Philox(key=[self._seed, self._epoch]))
         block_rows = max(level.rows_per_chunk(self._spec.rows_per_shard) for level in self._spec.levels)
         blocks = np.split(self._rows, np.flatnonzero(np.diff(self._rows // block_rows)) + 1)
-        mixed = np.concatenate([blocks[block] for block in generator.permutation(len(blocks))])
+        mixed = np.concatenate([blocks[int(block)] for block in generator.permutation(len(blocks))])
         pool_rows = max(block_rows, POOL_BYTES // self._spec.row_bytes)
         for start in range(0, len(mixed), pool_rows):
             generator.shuffle(mixed[start : start + pool_rows])
         return mixed
 
-    def _read(self, rows: np.ndarray[Any, Any]) -> dict[str, np.ndarray[Any, Any]]:
+    def _read(self, rows: np.ndarray[Any, Any]) -> Batch:
         """Codes and labels of these rows, in their order; each chunk is decoded once."""
         distinct, place = np.unique(rows, return_inverse=True)
         read = {"label": self._labels[distinct][place]}

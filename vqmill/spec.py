@@ -18,9 +18,8 @@ from vqmill.errors import CodesError
 FORMAT_VERSION = 1
 CHUNK_BYTES = 128 * 1024  # raw bytes of one chunk: the smallest at which blosc-zstd has reached its ratio
 SHARD_BYTES = 16 * 1024 * 1024  # raw bytes of one Zarr shard, from which object stores read at full speed
-MAX_ROWS_PER_SHARD = (
-    4096  # small grids would otherwise put a whole corpus into one shard, and a resume would start again
-)
+MAX_ROWS_PER_SHARD = 4096  # else small grids put a whole corpus into one shard, and a resume starts again
+RESERVED_NAMES = ("samples", "quarantine", "commits", "label")  # folders of the store's own
 MISSING_LABEL = -1
 LABEL_FILL = -(2**63)  # never a label, so that a lost Zarr shard can be told from samples without one
 
@@ -109,8 +108,8 @@ class StoreSpec:
     levels: tuple[LevelSpec, ...]
     rows_per_shard: int
     tokenizer: Mapping[str, Any]
-    preprocessing: Mapping[str, Any] = field(default_factory=dict)
-    corpus: Mapping[str, Any] = field(default_factory=dict)
+    preprocessing: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    corpus: Mapping[str, Any] = field(default_factory=dict[str, Any])
     segments: tuple[Segment, ...] = ()
     num_rows: int = 0
     num_commits: int = 0
@@ -122,11 +121,7 @@ class StoreSpec:
             raise CodesError(f"a store needs one or more levels with different names, got {names}.")
         for level in self.levels:
             dtype_for(level.codebook_size)
-            if (
-                not level.name.isidentifier()
-                or level.name.startswith("__")
-                or level.name in ("samples", "quarantine", "commits", "label")
-            ):
+            if not level.name.isidentifier() or level.name.startswith("__") or level.name in RESERVED_NAMES:
                 raise CodesError(
                     f"level name {level.name!r} is not usable: expected letters, digits and _, and none of the store's own names."
                 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import zarr
@@ -73,10 +73,11 @@ class LevelArray:
         Raises:
             IndexError: a row that is not there.
         """
-        rows, *rest = key if isinstance(key, tuple) and key else (key,)
+        parts = cast("tuple[Any, ...]", key if isinstance(key, tuple) and key else (key,))
+        rows, rest = parts[0], parts[1:]
         if rows is Ellipsis:
             missing = len(self.shape) - len(rest)
-            rows, rest = slice(None), [*[slice(None)] * (missing - 1), *rest] if missing else rest
+            rows, rest = slice(None), (*[slice(None)] * (missing - 1), *rest)
         if isinstance(rows, slice):
             return self._read((slice(*rows.indices(self._num_rows)), *rest))
         wanted = np.asarray(rows)
@@ -234,7 +235,7 @@ class Codes:
         import pyarrow.parquet as pq
 
         try:
-            table = pq.read_table(self.path / name, partitioning=None)
+            table = pq.read_table(self.path / name, partitioning=None)  # pyright: ignore[reportUnknownMemberType]
         except (OSError, pa.ArrowException) as error:
             raise CodesError(f"{self.path / name}: cannot be read ({error}). See: vqmill verify {self.path}") from error
         if table.schema != schema or rows not in (None, table.num_rows):
@@ -252,10 +253,9 @@ class Codes:
             else layout.label_array(spec.rows_per_shard, spec.num_rows)
         )
         try:
-            array = zarr.open_array(LocalStore(self.path, read_only=True), path=name, mode="r", zarr_format=3)
-        except (
-            Exception
-        ) as error:  # zarr-python has no common error for damaged metadata: also Type, Attribute, Recursion
+            files = LocalStore(self.path, read_only=True)
+            array = zarr.open_array(files, path=name, mode="r", zarr_format=3)  # pyright: ignore[reportUnknownMemberType]
+        except Exception as error:  # zarr has no common error for damaged metadata: also Type, Attribute, Recursion
             raise CodesError(
                 f"{self.path}: array '{name}' cannot be opened ({error}). See: vqmill verify {self.path}"
             ) from error

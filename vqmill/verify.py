@@ -12,7 +12,7 @@ import numpy as np
 
 from vqmill import layout
 from vqmill.errors import CodesError
-from vqmill.spec import MISSING_LABEL, StoreSpec
+from vqmill.spec import StoreSpec
 from vqmill.store import Codes
 from vqmill.tables import QUARANTINE_SCHEMA, SAMPLES_SCHEMA
 from vqmill.writer import Commit, Counts, committed_files, files_of
@@ -93,9 +93,8 @@ def verify_store(path: Path, progress: Callable[[int, int], None] | None = None)
             if json.loads((path / name).read_bytes()) != json.loads(expected)
         ]
     used = {name: int(np.count_nonzero(histogram)) for name, histogram in histograms.items()}
-    return Verification(
-        spec.num_rows, total, bytes_read, used, {n: perplexity(h) for n, h in histograms.items()}, tuple(problems)
-    )
+    spread = {name: perplexity(histogram) for name, histogram in histograms.items()}
+    return Verification(spec.num_rows, total, bytes_read, used, spread, tuple(problems))
 
 
 def perplexity(histogram: np.ndarray[tuple[int], np.dtype[np.int64]]) -> float:
@@ -141,8 +140,7 @@ def _content_problems(
     stop = commit.first_row + commit.rows
     try:
         samples = codes.table(layout.samples_file(commit.shard), SAMPLES_SCHEMA, commit.rows)
-        labels = np.asarray(samples["label"].fill_null(MISSING_LABEL))
-        if not np.array_equal(labels, codes.label_array[commit.first_row : stop]):
+        if not np.array_equal(layout.label_column(samples), codes.label_array[commit.first_row : stop]):
             yield f"array 'label', Zarr shard {commit.shard}: differs from the samples table."
     except CodesError as error:
         yield f"Zarr shard {commit.shard}: {error}"

@@ -16,15 +16,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from vqmill import layout
 from vqmill.errors import CodesError, UsageError
 from vqmill.files import PARTIAL_SUFFIX, canonical_json, hold_lock, sealed, sync_folder, write_whole
 from vqmill.settings import different_settings
-from vqmill.spec import MISSING_LABEL, StoreSpec
+from vqmill.spec import StoreSpec
 
 if TYPE_CHECKING:
+    import numpy as np
     import pyarrow as pa
 
 
@@ -134,7 +133,7 @@ def write_shard(
             files[layout.shard_file(level.name, shard, len(level.grid))] = layout.encode_zarr_shard(
                 spec, level, codes[level.name]
             )
-        labels = np.asarray(samples["label"].fill_null(MISSING_LABEL))
+        labels = layout.label_column(samples)
         files[layout.shard_file(layout.LABEL, shard, 0)] = layout.encode_label_shard(spec, labels)
     files[layout.samples_file(shard)] = layout.parquet_bytes(samples)
     files[layout.quarantine_file(shard)] = layout.parquet_bytes(quarantine)

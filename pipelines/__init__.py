@@ -1,0 +1,1 @@
+"""Everything that touches files, clusters and people: corpora, training, tokenizing, the command line."""

@@ -1,0 +1,253 @@
+"""The command line: what people type, checked and handed on. `vqmill COMMAND --help` teaches each command."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, Parameter
+from rich.console import Console
+
+import vqmill
+from pipelines.errors import RunFailed
+from pipelines.memory import keep_freed_memory
+from pipelines.options import Common, Device, FitFlags, Precision
+from pipelines.results import FAILED, USAGE, Result
+from vqmill.errors import CodesError, UsageError
+
+app = App(
+    name="vqmill",
+    version=vqmill.__version__,
+    help="""Turn image collections into small grids of integers, and train models on them.
+
+    A run, from pictures to pictures:
+
+        vqmill train-tokenizer photos/ --out runs/tok --preset rgb32
+        vqmill tokenize photos/ --tokenizer runs/tok --out codes.zarr
+        vqmill train-prior codes.zarr --out runs/prior
+        vqmill sample runs/prior --tokenizer runs/tok --num 64 --out samples.png
+
+    CORPUS is a folder of images (sub-folders are classes), tar shards in webdataset form ("shards/{000000..000009}.tar", quoted), or
+    "torchvision:FashionMNIST?root=DATA&split=train". Exit codes: 0 all well, 3 done with quarantined samples, 1 failed, 2 usage.
+    """,
+    help_format="markdown",
+    result_action="return_value",
+)
+
+
+@app.command
+def train_tokenizer(
+    corpus: str, /, *, out: Path, preset: str = "rgb32", config: Path | None = None, size: int | None = None,
+    holdout: float = 0.05, flags: FitFlags = FitFlags(), common: Common = Common(),
+) -> int:  # fmt: skip
+    """Train a VQ-VAE or VQ-VAE-2 on a corpus.
+
+    Writes OUT/tokenizer.safetensors, metrics.jsonl, reconstructions.png, run.json. Stopped runs go on when the same command is given.
+
+    Args:
+        corpus: a folder of images, quoted tar shards, or torchvision:NAME?root=DIR.
+        out: the folder to make.
+        preset: grey28 (one level, 7x7 codes), rgb32 or rgb256 (two levels: top and bottom).
+        config: a TOML file with tables [tokenizer] and [fit] over the preset.
+        size: side of the training images in pixels, if not the preset's.
+        holdout: share of the samples kept out of training and used to evaluate, chosen by their keys.
+    """
+    from pipelines.train_tokenizer import train_tokenizer as job
+
+    return _run(common, lambda: job(corpus, out, preset=preset, config=config, size=size, holdout=holdout, flags=flags))
+
+
+@app.command
+def tokenize(
+    corpus: str, /, *, tokenizer: Path, out: Path, size: int | None = None, workers: int | None = None, batch_size: int = 32,
+    shard_rows: int | None = None, precision: Precision = "fp32", device: Device = "auto",
+    dry_run: Annotated[bool, Parameter(negative="")] = False, common: Common = Common(),
+) -> int:  # fmt: skip
+    """Send a corpus through a tokenizer into a code store.
+
+    Any number of workers gives the same bytes. Stopped jobs, killed ones too, go on when the same command is given.
+
+    Args:
+        corpus: a folder of images, quoted tar shards, or torchvision:NAME?root=DIR.
+        tokenizer: the folder that train-tokenizer wrote.
+        out: the store to make, for example codes.zarr.
+        size: side in pixels that images are resized and cropped to; the tokenizer's training size if not given.
+        workers: encoder processes; one for each core, or GPU, if not given.
+        batch_size: images encoded at once.
+        shard_rows: rows of a Zarr shard, the unit of commit; 4,096 at most if not given.
+        precision: bf16 is faster on GPUs and changes some codes; recorded in the store.
+        device: auto takes GPUs if there are any.
+        dry_run: say what would be done and how large it would be, and stop.
+    """
+    from pipelines.tokenize_command import tokenize as job
+
+    return _run(common, lambda: job(
+        corpus, tokenizer, out, size=size, workers=workers, batch_size=batch_size, shard_rows=shard_rows, precision=precision,
+        device=device, dry_run=dry_run,
+    ))  # fmt: skip
+
+
+@app.command
+def inspect(path: str, /, *, common: Common = Common()) -> int:
+    """Say what something is: a corpus, a code store, a tokenizer or a prior.
+
+    A corpus is read and decoded whole: counts, sizes, labels, and what would be quarantined and why.
+
+    Args:
+        path: a corpus as for tokenize, a store, or a folder that a train command wrote.
+    """
+    from pipelines.inspect import inspect as job
+
+    return _run(common, lambda: job(path))
+
+
+@app.command
+def verify(store: Path, /, *, common: Common = Common()) -> int:
+    """Read every byte of a code store: checksums, code ranges, rows, commits.
+
+    Exit code 1 when anything is wrong; each problem is named with its place.
+
+    Args:
+        store: the code store.
+    """
+    from pipelines.inspect import verify as job
+
+    return _run(common, lambda: job(store))
+
+
+@app.command
+def decode(
+    store: Path, /, *, out: Path, rows: str = "0:16", tokenizer: Path | None = None, originals: str | None = None,
+    columns: int | None = None, common: Common = Common(),
+) -> int:  # fmt: skip
+    """Turn codes back into pictures: original (if wanted) | reconstruction | codes.
+
+    Args:
+        store: the code store.
+        out: the PNG to write.
+        rows: START:STOP, which rows to show.
+        tokenizer: the folder of the tokenizer that made the codes; the one recorded beside the store if not given.
+        originals: the corpus that was tokenized, to show the original images beside.
+        columns: images in a row of each panel.
+    """
+    from pipelines.decode import decode as job
+
+    return _run(
+        common, lambda: job(store, out, rows=rows, tokenizer_path=tokenizer, originals=originals, columns=columns)
+    )
+
+
+@app.command
+def train_prior(
+    store: Path, /, *, out: Path, preset: str = "pixelcnn", config: Path | None = None, level: str = "all", holdout: float = 0.05,
+    flags: FitFlags = FitFlags(), common: Common = Common(),
+) -> int:  # fmt: skip
+    """Train a gated PixelCNN on a code store: label -> top -> bottom, each level by itself.
+
+    Writes OUT/prior.safetensors, metrics for each level, run.json. Stopped runs go on when the same command is given.
+
+    Args:
+        store: the code store.
+        out: the folder to make.
+        preset: pixelcnn-tiny, pixelcnn or pixelcnn-large.
+        config: a TOML file with tables [prior] and [fit] over the preset.
+        level: all, or the name of one level to train (the others stay untrained).
+        holdout: share of the samples kept out of training and used to evaluate, chosen by their keys.
+    """
+    from pipelines.train_prior import train_prior as job
+
+    return _run(
+        common, lambda: job(store, out, preset=preset, config=config, level=level, holdout=holdout, flags=flags)
+    )
+
+
+@app.command
+def sample(
+    prior: Path, /, *, tokenizer: Path, out: Path, num: int = 64, seed: int = 0, label: str | None = None, temperature: float = 1.0,
+    codes: Path | None = None, columns: int | None = None, batch_size: int = 64, device: Device = "auto", common: Common = Common(),
+) -> int:  # fmt: skip
+    """Draw new images: label -> top -> bottom -> pixels.
+
+    Args:
+        prior: the folder that train-prior wrote.
+        tokenizer: the folder of the tokenizer that the prior is bound to.
+        out: the PNG to write.
+        num: how many images.
+        seed: of the noise; image i depends on the seed and i only.
+        label: a class number, or "each" for every class in turn, one column each; any class if not given.
+        temperature: below 1 is likelier and less varied.
+        codes: also write the codes as a store.
+        columns: images in a row.
+        batch_size: images drawn at once; does not change them.
+        device: auto takes the GPU if there is one.
+    """
+    from pipelines.sample import sample as job
+
+    return _run(common, lambda: job(
+        prior, tokenizer, out, num=num, seed=seed, label=label, temperature=temperature, codes=codes, columns=columns,
+        batch_size=batch_size, device=device,
+    ))  # fmt: skip
+
+
+@app.command
+def demo(*, out: Path = Path("demo"), workers: int = 2, common: Common = Common()) -> int:
+    """Run the whole chain on generated images, in under two minutes.
+
+    Args:
+        out: the folder to make; a finished one is made again.
+        workers: encoder processes.
+    """
+    from pipelines.demo import demo as job
+
+    return _run(common, lambda: job(out, workers=workers))
+
+
+@app.command
+def doctor(*, common: Common = Common()) -> int:
+    """Say what this machine has: versions, devices, Ray, disk, and what is missing."""
+    from pipelines.doctor import doctor as job
+
+    return _run(common, job)
+
+
+def main() -> None:
+    """The console script."""
+    keep_freed_memory()
+    signal.signal(signal.SIGTERM, _stop)
+    sys.exit(app())
+
+
+def _stop(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _run(common: Common, job: Callable[[], Result]) -> int:
+    """Runs a command's job: errors become messages, and everything becomes an exit code."""
+    start = time.monotonic()
+    errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    try:
+        return job().finish(as_json=common.json, seconds=time.monotonic() - start)
+    except UsageError as error:
+        errors.print(f"error: {error}")
+        return USAGE
+    except (CodesError, RunFailed, OSError) as error:
+        errors.print(f"error: {error}")
+        errors.print(f"To try again: {_command()}")
+        return FAILED
+    except KeyboardInterrupt:
+        errors.print(f"stopped. What was committed is safe; to go on: {_command()}")
+        return FAILED
+
+
+def _command() -> str:
+    """What was typed, ready to be pasted."""
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""Walks a folder: which files may be images, which are tars, and what else lies there."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pipelines.corpus.names import IMAGE_EXTENSIONS, extension_of, passed_over, text_of
+from pipelines.corpus.problems import CorpusError
+
+
+@dataclass(frozen=True, slots=True)
+class FoundFile:
+    """A file under the folder.
+
+    Attributes:
+        path: relative to the folder, POSIX separators, as the file system gives it.
+        num_bytes: its size.
+    """
+
+    path: str
+    num_bytes: int
+
+
+@dataclass
+class FolderScan:
+    """What a folder holds, each list sorted by relative path as bytes.
+
+    Attributes:
+        images: files with an extension of an image format.
+        tars: files that end in .tar.
+        skipped: the others, counted by what they are.
+    """
+
+    images: list[FoundFile] = field(default_factory=list)
+    tars: list[FoundFile] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+
+
+def scan_folder(root: Path) -> FolderScan:
+    """Lists everything under a folder; hidden files and folders are ignored.
+
+    Links are followed, but never back into a folder that they lie in.
+
+    Raises:
+        CorpusError: a folder cannot be listed.
+    """
+    scan = FolderScan()
+    _scan(str(root), "", (), scan)
+    for found in (scan.images, scan.tars):
+        found.sort(key=lambda file: os.fsencode(file.path))
+    return scan
+
+
+def _scan(root: str, below: str, parents: tuple[tuple[int, int], ...], scan: FolderScan) -> None:
+    folder = os.path.join(root, below)
+    try:
+        status = os.stat(folder)
+        here = (status.st_dev, status.st_ino)
+        if here in parents:
+            scan.skipped["link: back into its own folder"] += 1
+            return
+        with os.scandir(folder) as listing:
+            entries = [entry for entry in listing if not entry.name.startswith(".")]
+        for entry in entries:
+            _take(root, f"{below}/{entry.name}" if below else entry.name, (*parents, here), scan)
+    except OSError as error:
+        raise CorpusError(
+            f"{text_of(folder)}: this folder of the corpus cannot be read ({error.strerror}). Grant access, or move it away."
+        ) from error
+
+
+def _take(root: str, path: str, parents: tuple[tuple[int, int], ...], scan: FolderScan) -> None:
+    try:
+        status = os.stat(os.path.join(root, path))
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ELOOP):
+            raise
+        scan.skipped["link: to nothing"] += 1
+        return
+    extension = extension_of(path)
+    if stat.S_ISDIR(status.st_mode):
+        _scan(root, path, parents, scan)
+    elif not stat.S_ISREG(status.st_mode):
+        scan.skipped["not a file: pipe, socket or device"] += 1
+    elif extension in IMAGE_EXTENSIONS:
+        scan.images.append(FoundFile(path, status.st_size))
+    elif extension == "tar":
+        scan.tars.append(FoundFile(path, status.st_size))
+    else:
+        scan.skipped[passed_over(path)] += 1

@@ -1,0 +1,154 @@
+"""Which samples are never trained on: a function of their keys, so that every stage of a project holds out the same ones."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pipelines.corpus.decoding import decode_sample
+from pipelines.corpus.images import Preprocessing
+from pipelines.corpus.plan import Plan
+from pipelines.corpus.problems import BadImage, CorpusError
+from pipelines.corpus.samples import list_samples, load_sample
+from vqmill.errors import CodesError
+
+CERTAIN = 64  # with this many samples expected, a hold-out is empty once in e^64 corpora
+_WHOLE = 2**64
+_log = logging.getLogger(__name__)
+
+
+def hash_of_key(key: str) -> int:
+    """A number in [0, 2^64) that is the same on every machine (Python's own `hash` is not)."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
+
+
+def in_holdout(key: str, fraction: float) -> bool:
+    """Whether a sample is held out.
+
+    Args:
+        key: of the sample; samples that share a key are held out together.
+        fraction: of all samples, in [0, 1).
+    """
+    return hash_of_key(key) < fraction * _WHOLE
+
+
+@dataclass(frozen=True, slots=True)
+class Holdout:
+    """The hold-out of one corpus.
+
+    Attributes:
+        below: keys whose hash is below this are held out.
+        forced: the fraction held out no usable sample, so the one with the smallest hash was taken.
+    """
+
+    below: int
+    forced: bool = False
+
+    def __contains__(self, key: str) -> bool:
+        return hash_of_key(key) < self.below
+
+
+def choose_holdout(plan: Plan, preprocessing: Preprocessing, fraction: float) -> Holdout:
+    """The hold-out of a corpus: never without a usable sample, unless the fraction is 0.
+
+    In a small corpus the fraction may catch nothing, or nothing that decodes. Then the decodable sample with the smallest hash is held out
+    alone. Training and validation both ask this function, so no sample is in both.
+
+    Args:
+        plan: the corpus.
+        preprocessing: as for training: decides what decodes.
+        fraction: of all samples, in [0, 1); 0 holds out nothing.
+
+    Raises:
+        CodesError: the fraction is out of range.
+        CorpusError: there are not two usable samples to divide.
+    """
+    if not 0 <= fraction < 1:
+        raise CodesError(f"hold-out: the fraction must be at least 0 and below 1, not {fraction}.")
+    below = int(fraction * _WHOLE)
+    if fraction == 0 or plan.num_samples * fraction > CERTAIN:
+        return Holdout(below)
+    refs = [
+        (hash_of_key(ref.key), shard.index, ref)
+        for shard in plan.shards
+        for ref in list_samples(shard)
+        if ref.problem is None
+    ]
+    refs.sort(key=lambda entry: (entry[0], entry[1], entry[2].index))
+    for value, shard_index, ref in refs:
+        try:
+            decode_sample(load_sample(plan.shards[shard_index], ref), preprocessing)
+        except BadImage:
+            continue
+        if refs[-1][0] >= max(below, value + 1):
+            return Holdout(max(below, value + 1), forced=value >= below)
+        break  # nothing would be left to train on
+    raise CorpusError(
+        f"{plan.corpus}: it takes two usable images, one to train on and one to hold out, and there are fewer ({plan.num_samples} samples in all). "
+        "Add images, or hold out nothing (fraction 0)."
+    )
+
+
+def holdout_batches(
+    plan: Plan, preprocessing: Preprocessing, fraction: float, batch_size: int, limit: int | None = None
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The held-out samples, cropped at the centre, the same ones in the same order every time.
+
+    Input shards are visited in an order drawn from their names, so that a limited number does not come from the first classes only.
+
+    Args:
+        plan: the corpus.
+        preprocessing: as for training.
+        fraction: as for training, above 0.
+        batch_size: B; the last batch may be smaller.
+        limit: at most this many samples.
+
+    Yields:
+        `images`: uint8 [B, C, S, S]; `label`: int64 [B], -1 for none. Samples that do not decode are left out.
+
+    Raises:
+        CodesError: the fraction is out of range or 0.
+        CorpusError: no held-out sample decodes, or there are not two samples to divide.
+    """
+    if fraction == 0:
+        raise CodesError("hold-out: a fraction of 0 holds out nothing to validate with; choose one above 0.")
+    holdout = choose_holdout(plan, preprocessing, fraction)
+    if holdout.forced:
+        _log.warning(
+            "%s: a hold-out of %g caught no usable sample, so one sample is held out alone", plan.corpus, fraction
+        )
+    found = islice(_held_out(plan, preprocessing, holdout), limit)
+    empty = True
+    while batch := list(islice(found, batch_size)):
+        empty = False
+        yield to_batch([pixels for pixels, _ in batch], [label for _, label in batch])
+    if empty:
+        raise CorpusError(
+            f"{plan.corpus}: none of the held-out images can be decoded. Look at its problems with: vqmill inspect"
+        )
+
+
+def _held_out(plan: Plan, preprocessing: Preprocessing, holdout: Holdout) -> Iterator[tuple[NDArray[np.uint8], int]]:
+    """Pixels and labels of the held-out samples that decode."""
+    for shard in sorted(plan.shards, key=lambda shard: hash_of_key(shard.name)):
+        for ref in list_samples(shard):
+            if ref.problem is not None or ref.key not in holdout:
+                continue
+            sample = load_sample(shard, ref)
+            try:
+                pixels = decode_sample(sample, preprocessing).pixels
+            except BadImage:
+                continue
+            yield pixels, -1 if sample.label is None else sample.label
+
+
+def to_batch(images: Sequence[NDArray[np.uint8]], labels: Sequence[int]) -> dict[str, torch.Tensor]:
+    """Stacks B images uint8 [C, S, S] and their labels, -1 for none."""
+    return {"images": torch.from_numpy(np.stack(images)), "label": torch.tensor(labels, dtype=torch.int64)}

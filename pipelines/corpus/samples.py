@@ -1,0 +1,249 @@
+"""Reads an input shard: one row for every sample it was planned with, good or bad."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import BinaryIO, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pipelines.corpus.grouping import MAX_SAMPLE_BYTES, Part, Tally, TarSample, walk_samples
+from pipelines.corpus.idx import read_idx
+from pipelines.corpus.names import text_of
+from pipelines.corpus.plan import FileBundle, IdxRange, ImageFile, InputShard, TarFile
+from pipelines.corpus.problems import CorpusError, Problem, Reason
+
+MAX_LABEL = 2**63 - 1  # labels are stored as int64, and -1 means none
+Row = TypeVar("Row")
+_INTEGER = re.compile(r"[+-]?[0-9]{1,20}")
+
+
+@dataclass(frozen=True, slots=True)
+class RawSample:
+    """One sample as it lies in the corpus, not decoded.
+
+    Attributes:
+        key: unique in a folder or an idx corpus; in tars as it is there.
+        source: the file it came from, relative to the corpus.
+        index: its place in its input shard; bad ones are counted.
+        image: the bytes of an image file, or uint8 [H, W]; None when there is a problem.
+        label: of its class, from 0; None when there is none.
+        caption: the text that belongs to it.
+        json: JSON as written.
+        problem: why it cannot be used, else None. (Whether the image decodes is not known yet.)
+    """
+
+    key: str
+    source: str
+    index: int
+    image: bytes | NDArray[np.uint8] | None = None
+    label: int | None = None
+    caption: str | None = None
+    json: str | None = None
+    problem: Problem | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRef:
+    """Where a sample lies: what `list_samples` gives and `load_sample` takes.
+
+    Attributes:
+        key, source, index, problem: as in `RawSample`.
+        place: what it takes to read it.
+    """
+
+    key: str
+    source: str
+    index: int
+    problem: Problem | None
+    place: ImageFile | TarSample | None
+
+
+def read_samples(shard: InputShard, start: int = 0) -> Iterator[RawSample]:
+    """Reads the samples of an input shard in order, `shard.num_samples - start` of them whatever has become of its files.
+
+    Args:
+        shard: from a plan.
+        start: the first index wanted; what lies before it is passed over cheaply.
+    """
+    if isinstance(shard.content, TarFile):
+        yield from _walk_tar(shard, start, load=True, convert=_from_tar)
+    else:
+        for ref in list_samples(shard, start):
+            yield load_sample(shard, ref)
+
+
+def list_samples(shard: InputShard, start: int = 0) -> Iterator[SampleRef]:
+    """The same samples in the same order as `read_samples` gives, without their data."""
+    match shard.content:
+        case TarFile():
+            yield from _walk_tar(shard, start, load=False, convert=_tar_ref)
+        case FileBundle(files=files):
+            for index, file in enumerate(files[start:], start):
+                yield SampleRef(file.key, text_of(file.path), index, None, file)
+        case IdxRange(files=files, start=first):
+            source = os.path.basename(files.images)
+            for index in range(start, shard.num_samples):
+                yield SampleRef(f"{files.split}-{first + index:08d}", source, index, None, None)
+
+
+def load_sample(shard: InputShard, ref: SampleRef) -> RawSample:
+    """Reads one sample; safe to call from several threads."""
+    if ref.problem is not None:
+        return RawSample(ref.key, ref.source, ref.index, problem=ref.problem)
+    match shard.content:
+        case TarFile(path=path):
+            assert isinstance(ref.place, TarSample)
+            return _load_from_tar(shard, path, ref.place)
+        case FileBundle(root=root):
+            assert isinstance(ref.place, ImageFile)
+            return _load_file(root, ref.place, ref)
+        case IdxRange(files=files, start=first):
+            try:
+                image = read_idx(files.images, 3)[first + ref.index]
+                label = int(read_idx(files.labels, 1)[first + ref.index])
+            except (OSError, CorpusError, IndexError) as error:
+                return RawSample(ref.key, ref.source, ref.index, problem=Problem(Reason.UNREADABLE, str(error)))
+            return RawSample(ref.key, ref.source, ref.index, image=image, label=label)
+
+
+def _load_file(root: str, file: ImageFile, ref: SampleRef) -> RawSample:
+    try:
+        # O_NONBLOCK: should the file have become a pipe, opening it must not hang.
+        descriptor = os.open(os.path.join(root, file.path), os.O_RDONLY | os.O_NONBLOCK)
+        with open(descriptor, "rb") as opened:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode) or status.st_size != file.num_bytes:
+                problem = Problem(Reason.UNREADABLE, _changed(status.st_size, file.num_bytes))
+            elif status.st_size > MAX_SAMPLE_BYTES:
+                problem = Problem(Reason.TOO_MANY_BYTES, f"{status.st_size} bytes; at most {MAX_SAMPLE_BYTES} are read")
+            else:
+                return RawSample(ref.key, ref.source, ref.index, image=opened.read(), label=file.label)
+    except OSError as error:
+        problem = Problem(Reason.UNREADABLE, error.strerror or str(error))
+    return RawSample(ref.key, ref.source, ref.index, problem=problem)
+
+
+def _changed(found: int, planned: int) -> str:
+    return f"the file has changed since the corpus was planned ({found} bytes, then {planned})"
+
+
+def _walk_tar(
+    shard: InputShard, start: int, load: bool, convert: Callable[[InputShard, TarSample], Row]
+) -> Iterator[Row]:
+    """Walks a tar and fills up with `unreadable` rows what it was planned with and no longer holds."""
+    assert isinstance(shard.content, TarFile)
+    index = start
+    detail = "the tar has changed since the corpus was planned"
+    try:
+        with open(shard.content.path, "rb", buffering=1 << 17) as file:
+            _require_size(file.fileno(), shard)
+            for sample in walk_samples(file, Tally(), start, load):
+                if index == shard.num_samples:
+                    break
+                yield convert(shard, sample)
+                index += 1
+    except OSError as error:
+        detail = error.strerror or str(error)
+    for missing in range(index, shard.num_samples):
+        yield convert(shard, TarSample(f"#{missing}", missing, problem=Problem(Reason.UNREADABLE, detail)))
+
+
+def _require_size(descriptor: int, shard: InputShard) -> None:
+    size = os.fstat(descriptor).st_size
+    if size != shard.num_bytes:
+        raise OSError(_changed(size, shard.num_bytes))
+
+
+def _tar_ref(shard: InputShard, sample: TarSample) -> SampleRef:
+    return SampleRef(sample.key, shard.name, sample.index, sample.problem, sample)
+
+
+def _load_from_tar(shard: InputShard, path: str, sample: TarSample) -> RawSample:
+    try:
+        with open(path, "rb", buffering=0) as file:
+            _require_size(file.fileno(), shard)
+            image, label = _pread(file, sample.image), _pread(file, sample.label)
+            caption, text = _pread(file, sample.caption), _pread(file, sample.json)
+    except OSError as error:
+        return RawSample(
+            sample.key, shard.name, sample.index, problem=Problem(Reason.UNREADABLE, error.strerror or str(error))
+        )
+    return _from_tar(shard, TarSample(sample.key, sample.index, image, label, caption, text))
+
+
+def _pread(file: BinaryIO, part: Part | None) -> Part | None:
+    if part is None:
+        return None
+    data = os.pread(file.fileno(), part.size, part.offset)
+    if len(data) < part.size:
+        raise OSError("the tar ends too early")
+    return Part(part.offset, part.size, data)
+
+
+def _from_tar(shard: InputShard, sample: TarSample) -> RawSample:
+    """Reads the meaning of a sample's members."""
+    problem = sample.problem
+    if problem is None:
+        assert sample.image is not None
+        try:
+            label = _label(sample.label)
+            caption = _text(sample.caption, "the caption")
+            text, json_label = _json(sample.json)
+        except _BadMember as bad:
+            problem = bad.problem
+        else:
+            label = json_label if sample.label is None else label
+            return RawSample(sample.key, shard.name, sample.index, sample.image.data, label, caption, text)
+    return RawSample(sample.key, shard.name, sample.index, problem=problem)
+
+
+class _BadMember(Exception):  # noqa: N818 - a fact about the data, which becomes a row
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(detail)
+        self.problem = Problem(reason, detail)
+
+
+def _text(part: Part | None, what: str) -> str | None:
+    if part is None:
+        return None
+    assert part.data is not None
+    try:
+        return part.data.decode()
+    except UnicodeDecodeError as error:
+        raise _BadMember(Reason.BAD_TEXT, f"{what} is not UTF-8 ({error.reason} at byte {error.start})") from error
+
+
+def _label(part: Part | None) -> int | None:
+    if part is None:
+        return None
+    assert part.data is not None
+    text = part.data[:64].decode("utf-8", "backslashreplace").strip()
+    if part.size > 64 or not _INTEGER.fullmatch(text):
+        raise _BadMember(Reason.BAD_LABEL, f"expected an integer in .cls, found {text[:40]!r}")
+    return _checked_label(int(text))
+
+
+def _checked_label(label: int) -> int | None:
+    if not -1 <= label <= MAX_LABEL:
+        raise _BadMember(Reason.BAD_LABEL, f"the label {label} is not between -1 (none) and 2^63 - 1")
+    return None if label == -1 else label
+
+
+def _json(part: Part | None) -> tuple[str | None, int | None]:
+    """JSON as written, and its integer `label` if it has one."""
+    text = _text(part, "the JSON")
+    if text is None:
+        return None, None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise _BadMember(Reason.BAD_TEXT, f"the JSON cannot be parsed ({error})") from error
+    label = value.get("label") if isinstance(value, dict) else None
+    return text, _checked_label(label) if type(label) is int else None

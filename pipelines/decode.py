@@ -1,0 +1,139 @@
+"""The command `decode`: rows of a store back into pictures, beside the originals when they are at hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import tokenizer
+from pipelines.corpus.decoding import decode_sample
+from pipelines.corpus.images import Preprocessing
+from pipelines.corpus.plan import Plan, plan_corpus
+from pipelines.corpus.samples import read_samples
+from pipelines.options import choose_device
+from pipelines.pictures import Panel, Pixels, check_picture, code_colours, good_scale, save_picture, side_by_side
+from pipelines.results import Result
+from pipelines.tokenize_command import recorded_tokenizer
+from vqmill import Codes, open_codes
+from vqmill.errors import CodesError, UsageError
+from vqmill.writer import Counts
+
+BATCH_ROWS = 32
+MAX_ROWS = 4096  # of one picture
+
+
+def decode(
+    store: Path, out: Path, *, rows: str, tokenizer_path: Path | None, originals: str | None, columns: int | None
+) -> Result:
+    """Runs the command; see `vqmill decode --help`."""
+    codes = open_codes(store, allow_incomplete=True)
+    first, stop = _row_range(rows, len(codes))
+    model = load_tokenizer_of(codes, tokenizer_path)
+    settings = {
+        "segments": [segment.plan for segment in codes.spec.segments],
+        "tokenizer": model.fingerprint,
+        "rows": [first, stop],
+        "originals": originals is not None,
+        "columns": columns,
+    }
+    check_picture(out, settings)
+    plan = _plan_of(codes, originals) if originals else None
+    wanted = {name: codes[name][first:stop] for name in codes.levels}
+    images = decode_rows(model, wanted)
+    side = images.shape[-1]
+    panels = [Panel("reconstruction", images)]
+    if plan:
+        panels.insert(
+            0, Panel("original", original_images(plan, codes, range(first, stop), side, model.config.channels))
+        )
+    panels += [
+        Panel("codes" if name == "codes" else f"codes: {name}", code_colours(values, side))
+        for name, values in wanted.items()
+    ]
+    picture = side_by_side(panels, columns or max(1, round((stop - first) ** 0.5)), good_scale(side))
+    save_picture(out, picture, settings)
+    return Result(
+        [f"made {out}: rows {first}..{stop - 1} of {store}"],
+        Counts(encoded=stop - first),
+        stop - first,
+        {"out": str(out)},
+    )
+
+
+def load_tokenizer_of(codes: Codes, path: Path | None) -> tokenizer.Tokenizer:
+    """The tokenizer that made a store, from a path or from the record beside the store.
+
+    Raises:
+        UsageError: another tokenizer, or none is known.
+    """
+    place = path or recorded_tokenizer(codes.path)
+    model = tokenizer.load(place)
+    wanted = codes.spec.tokenizer["fingerprint"]
+    if model.fingerprint != wanted:
+        raise UsageError(
+            f"{place} holds tokenizer {model.fingerprint}, but {codes.path} was made by {wanted}: its codes mean something else "
+            "there. Name the folder of that tokenizer with --tokenizer."
+        )
+    return model.to(choose_device("auto")).eval()
+
+
+def decode_rows(model: tokenizer.Tokenizer, codes: dict[str, np.ndarray[Any, Any]]) -> Pixels:
+    """Codes [N, h, w] by level -> uint8 [N, C, H, W]."""
+    device = next(model.parameters()).device
+    number = len(next(iter(codes.values())))
+    parts = []
+    for first in range(0, number, BATCH_ROWS):
+        batch = {
+            name: torch.from_numpy(values[first : first + BATCH_ROWS].astype(np.int64)).to(device)
+            for name, values in codes.items()
+        }
+        parts.append(model.decode(batch).cpu().numpy())
+    return np.concatenate(parts)
+
+
+def original_images(plan: Plan, codes: Codes, rows: range, size: int, channels: int) -> Pixels:
+    """The images that rows were made from, read again from the corpus: uint8 [N, C, size, size].
+
+    Raises:
+        CodesError: the corpus has changed.
+    """
+    preprocessing = Preprocessing(size=size, channels=channels)
+    samples = codes.samples(rows.start, rows.stop).select(["input_shard", "index", "key"]).to_pylist()
+    found = []
+    for shard in sorted({sample["input_shard"] for sample in samples}):
+        wanted = {sample["index"]: sample["key"] for sample in samples if sample["input_shard"] == shard}
+        for sample in read_samples(plan.shards[shard], start=min(wanted)):
+            if sample.index in wanted:
+                if sample.key != wanted[sample.index]:
+                    raise CodesError(
+                        f"{plan.corpus}: expected sample {wanted[sample.index]!r}, found {sample.key!r}. The corpus has changed."
+                    )
+                found.append(decode_sample(sample, preprocessing).pixels)
+            if sample.index >= max(wanted):
+                break
+    return np.stack(found)
+
+
+def _plan_of(codes: Codes, corpus: str) -> Plan:
+    plan = plan_corpus(corpus)
+    known = [segment.plan for segment in codes.spec.segments]
+    if plan.digest not in known:
+        raise UsageError(
+            f"--originals {corpus}: not the corpus that {codes.path} was made from ({codes.spec.corpus.get('description')})."
+        )
+    return plan
+
+
+def _row_range(text: str, number: int) -> tuple[int, int]:
+    start, colon, stop = text.partition(":")
+    if not colon or not all(part.isdecimal() or not part for part in (start, stop)):
+        raise UsageError(f"--rows {text!r}: expected START:STOP, for example 0:64.")
+    first, last, _ = slice(int(start or 0), int(stop) if stop else None).indices(number)
+    if first >= last:
+        raise UsageError(f"--rows {text}: no rows there; the store has rows 0:{number}.")
+    if last - first > MAX_ROWS:
+        raise UsageError(f"--rows {text}: {last - first:,} rows in one picture; ask for at most {MAX_ROWS:,}.")
+    return first, last

@@ -1,0 +1,131 @@
+"""Turns the samples of an input shard into codes, span by span: what an encoder actor does, without Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+import tokenizer
+from pipelines.corpus.decoding import decode_sample
+from pipelines.corpus.images import Decoded, Preprocessing
+from pipelines.corpus.plan import InputShard
+from pipelines.corpus.problems import BadImage
+from pipelines.corpus.samples import RawSample, read_samples
+from vqmill.tables import QUARANTINE_SCHEMA, SAMPLES_SCHEMA
+from vqmill.writer import Counts
+
+SPAN_SAMPLES = 256  # what is sent to the store at a time, and what a resume may have to encode again
+PADDED_SIZES = (1, 8, 32)  # the last batch of a span is padded to the next of these, so that few shapes are ever run
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How codes are computed: recorded in the store, because the bytes may depend on it.
+
+    Attributes:
+        batch_size: images of a full batch.
+        precision: `fp32`, or `bf16` for autocast outside the quantizer.
+    """
+
+    batch_size: int = 32
+    precision: str = "fp32"
+
+
+@dataclass(frozen=True)
+class Span:
+    """One span's result. Row i of every level and of `samples` is the same sample."""
+
+    index: int
+    codes: dict[str, np.ndarray[Any, Any]]
+    samples: pa.Table
+    quarantine: pa.Table
+
+    @property
+    def counts(self) -> Counts:
+        """Encoded and quarantined samples."""
+        return Counts(encoded=self.samples.num_rows, quarantined=self.quarantine.num_rows)
+
+
+def describe_device(device: str) -> str:
+    """The kind of device and the torch version: with these equal, codes are equal to the bit. Recorded in the store."""
+    place = torch.device(device)
+    kind = torch.cuda.get_device_name(place) if place.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    return f"{place.type} {kind}, torch {torch.__version__}"
+
+
+class SpanEncoder:
+    """Decodes and encodes on one device. Codes are a function of the input shard, the tokenizer, and `describe_device`."""
+
+    def __init__(
+        self, checkpoint: bytes, preprocessing: Preprocessing, encoding: Encoding, device: str, threads: int = 2
+    ) -> None:
+        """Loads the tokenizer.
+
+        Args:
+            checkpoint: the bytes of a tokenizer's checkpoint file.
+            preprocessing: size, channels and crop.
+            encoding: batch size and precision.
+            device: `cpu`, `cuda` or another torch device.
+            threads: decode threads beside the encoder.
+        """
+        torch.set_num_threads(1)  # one actor a core; more threads would also change the order of additions
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        self._device = torch.device(device)
+        self._tokenizer = tokenizer.loads(checkpoint).to(self._device).eval()
+        self._preprocessing, self._encoding = preprocessing, encoding
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+
+    def spans(self, shard: InputShard, first_span: int = 0) -> Iterator[Span]:
+        """Encodes an input shard from a span on. The next span is decoded while this one is encoded."""
+        samples = iter(read_samples(shard, start=first_span * SPAN_SAMPLES))
+        upcoming = self._decode_next(samples)
+        index = first_span
+        while upcoming:
+            span, upcoming = upcoming, self._decode_next(samples)
+            yield self._encode(index, shard, span)
+            index += 1
+
+    def _decode_next(self, samples: Iterator[RawSample]) -> list[tuple[RawSample, Future[Decoded]]]:
+        return [
+            (sample, self._threads.submit(decode_sample, sample, self._preprocessing))
+            for sample in islice(samples, SPAN_SAMPLES)
+        ]
+
+    def _encode(self, index: int, shard: InputShard, span: Sequence[tuple[RawSample, Future[Decoded]]]) -> Span:
+        pixels, rows, quarantined = [], [], []
+        for sample, future in span:
+            place = {"key": sample.key, "source": sample.source, "input_shard": shard.index, "index": sample.index}
+            try:
+                decoded = future.result()
+            except BadImage as problem:
+                quarantined.append({**place, "reason": str(problem.reason), "detail": problem.detail})
+                continue
+            pixels.append(decoded.pixels)
+            facts = {"label": sample.label, "caption": sample.caption, "json": sample.json}
+            rows.append({**place, **facts, "width": decoded.width, "height": decoded.height})
+        return Span(
+            index,
+            self._encode_pixels(pixels),
+            pa.Table.from_pylist(rows, schema=SAMPLES_SCHEMA),
+            pa.Table.from_pylist(quarantined, schema=QUARANTINE_SCHEMA),
+        )
+
+    def _encode_pixels(self, pixels: list[np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
+        parts: list[dict[str, np.ndarray[Any, Any]]] = []
+        batch_size = self._encoding.batch_size
+        for first in range(0, len(pixels), batch_size):
+            images = np.stack(pixels[first : first + batch_size])
+            padded = min(size for size in (*PADDED_SIZES, batch_size) if len(images) <= size <= batch_size)
+            batch = np.zeros((padded, *images.shape[1:]), np.uint8)
+            batch[: len(images)] = images
+            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._encoding.precision == "bf16"):
+                codes = self._tokenizer.encode(torch.from_numpy(batch).to(self._device, non_blocking=True))
+            parts.append({level: values[: len(images)].cpu().numpy() for level, values in codes.items()})
+        return {level: np.concatenate([part[level] for part in parts]) for level in parts[0]} if parts else {}

@@ -1,0 +1,197 @@
+"""The commands `inspect` and `verify`: what something is, and whether it is whole."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from pipelines.corpus.decoding import decode_sample
+from pipelines.corpus.images import Decoded, Preprocessing
+from pipelines.corpus.plan import Plan, plan_corpus
+from pipelines.corpus.problems import BadImage
+from pipelines.corpus.samples import RawSample, read_samples
+from pipelines.progress import meter
+from pipelines.results import FAILED, Result
+from vqmill.errors import CodesError, UsageError
+from vqmill.layout import read_spec
+from vqmill.spec import MISSING_LABEL
+from vqmill.store import Codes
+from vqmill.verify import Verification, perplexity, verify_store
+from vqmill.writer import Counts
+
+PROBE_SIZE = 32  # what images are decoded to when only their health is of interest
+THREADS = 4
+LISTED = 10
+BLOCK_ROWS = 65_536
+
+
+def inspect(path: str) -> Result:
+    """Runs the command; see `vqmill inspect --help`."""
+    place = Path(path)
+    if (place / "zarr.json").is_file():
+        return _inspect_store(place)
+    for name in ("tokenizer.safetensors", "prior.safetensors"):
+        if (place / name).is_file() or (place.name == name and place.is_file()):
+            return _inspect_checkpoint(place, prior=name.startswith("prior"))
+    return _inspect_corpus(plan_corpus(path))
+
+
+def verify(store: Path) -> Result:
+    """Runs the command; see `vqmill verify --help`."""
+    skipped = sum(dict(read_spec(store).corpus.get("skipped", {})).values())
+    with meter("verifying", "Zarr shards") as show:
+        found = verify_store(store, show)
+    counts = found.counts + Counts(skipped=skipped)
+    lines = [f"PROBLEM {problem}" for problem in found.problems]
+    lines.append(
+        f"{store}: {found.rows:,} rows, {found.bytes_read / 1e6:,.1f} MB read; seen {counts.seen:,} = encoded {counts.encoded:,} + "
+        f"quarantined {counts.quarantined:,} + skipped {counts.skipped:,}"
+    )
+    lines += _usage_lines(Codes(store, read_spec(store)), found)
+    lines.append(f"{len(found.problems)} problems" if found.problems else "every checksum, code and row is right")
+    facts = {
+        "store": str(store),
+        "problems": list(found.problems),
+        "used_codes": found.used_codes,
+        "perplexity": found.perplexity,
+    }
+    result = Result(lines, counts, found.rows, facts, quarantine=str(store / "quarantine"))
+    if found.problems:
+        result.code = FAILED
+    return result
+
+
+def _usage_lines(codes: Codes, found: Verification) -> list[str]:
+    return [
+        f"level {level.name}: {'x'.join(map(str, level.grid))} {level.dtype}, {found.used_codes[level.name]} of {level.codebook_size} "
+        f"codes used ({found.used_codes[level.name] / level.codebook_size:.0%}), perplexity {found.perplexity[level.name]:.1f}"
+        for level in codes.spec.levels
+    ]
+
+
+def _inspect_store(path: Path) -> Result:
+    codes = Codes(path, read_spec(path))
+    spec = codes.spec
+    histograms = {level.name: np.zeros(level.codebook_size, np.int64) for level in spec.levels}
+    total = len(codes) * len(spec.levels)
+    with meter("reading codes", "rows") as show:
+        for number, level in enumerate(spec.levels):
+            for first in range(0, len(codes), BLOCK_ROWS):
+                rows = codes[level.name][first : first + BLOCK_ROWS].reshape(-1)
+                if rows.size and int(rows.max()) >= level.codebook_size:
+                    raise CodesError(
+                        f"{path}: level '{level.name}' holds code {int(rows.max())} from row {first} on, but codebook_size is {level.codebook_size}. See: vqmill verify {path}"
+                    )
+                histograms[level.name] += np.bincount(rows, minlength=level.codebook_size)
+                show(number * len(codes) + min(len(codes), first + BLOCK_ROWS), total)
+    used = {name: int(np.count_nonzero(histogram)) for name, histogram in histograms.items()}
+    found = Verification(
+        len(codes), Counts(), 0, used, {name: perplexity(histogram) for name, histogram in histograms.items()}
+    )
+    disk = sum(file.stat().st_size for level in codes.levels for file in (path / level).rglob("*") if file.is_file())
+    raw = len(codes) * spec.row_bytes
+    labels = codes.labels
+    labelled = int((labels != MISSING_LABEL).sum())
+    quarantine = codes.quarantine()
+    state = "complete" if spec.complete else "UNFINISHED: run the same `vqmill tokenize` command to finish it"
+    lines = [
+        f"{path}: a code store, {state}: {len(codes):,} rows in {spec.num_commits} Zarr shards of {spec.rows_per_shard:,}",
+        f"tokenizer {spec.tokenizer.get('fingerprint')} ({spec.tokenizer.get('preset', 'unknown preset')}, {spec.tokenizer.get('precision', '')})",
+        f"corpus: {spec.corpus.get('description')}; {labelled:,} rows with labels, {len(np.unique(labels[labels != MISSING_LABEL]))} classes",
+        *_usage_lines(codes, found),
+        f"codes on disk: {disk / 1e6:,.2f} MB, {raw / max(disk, 1):.2f} times smaller than raw {raw / 1e6:,.2f} MB",
+        f"quarantined: {quarantine.num_rows:,} samples"
+        + (f", in {path / 'quarantine'}" if quarantine.num_rows else ""),
+    ]
+    lines += [f"  {row['reason']}: {row['key']} ({row['detail']})" for row in quarantine.slice(0, LISTED).to_pylist()]
+    facts = {
+        "kind": "store",
+        "complete": spec.complete,
+        "used_codes": used,
+        "perplexity": found.perplexity,
+        "disk_bytes": disk,
+        "raw_bytes": raw,
+    }
+    return Result(lines, Counts(encoded=len(codes)), len(codes), facts)
+
+
+def _inspect_checkpoint(path: Path, *, prior: bool) -> Result:
+    if prior:
+        import priors as kind
+    else:
+        import tokenizer as kind
+    model = kind.load(path)
+    config = model.config.to_dict()
+    name = "prior" if prior else "tokenizer"
+    lines = [
+        f"{path}: a {name}, preset {config['preset']}, {model.num_parameters:,} parameters, fingerprint {model.fingerprint}"
+    ]
+    lines += [f"  {key}: {value}" for key, value in config.items() if key != "preset"]
+    return Result(
+        lines,
+        facts={"kind": name, "fingerprint": model.fingerprint, "parameters": model.num_parameters, "config": config},
+    )
+
+
+def _inspect_corpus(plan: Plan) -> Result:
+    reasons: Counter[str] = Counter()
+    sizes: Counter[tuple[int, int]] = Counter()
+    labels: Counter[int] = Counter()
+    examples: list[str] = []
+    done = 0
+    with meter("reading the corpus", "samples") as show, ThreadPoolExecutor(THREADS) as threads:
+        for sample, future in _decoded(plan, threads):
+            done += 1
+            try:
+                decoded = future.result()
+            except BadImage as problem:
+                reasons[str(problem.reason)] += 1
+                if len(examples) < LISTED:
+                    examples.append(f"  {problem.reason}: {sample.key} ({problem.detail})")
+            else:
+                sizes[(decoded.width, decoded.height)] += 1
+                if sample.label is not None:
+                    labels[sample.label] += 1
+            show(done, plan.num_samples, f"{reasons.total():,} bad" if reasons else "")
+    if not done:
+        raise UsageError(f"{plan.corpus}: holds no samples.")
+    counts = Counts(encoded=sizes.total(), quarantined=reasons.total(), skipped=sum(plan.skipped.values()))
+    lines = [
+        f"{plan.corpus}: a corpus of {len(plan.shards):,} input shards, {plan.num_samples:,} samples, {plan.num_bytes / 1e6:,.1f} MB"
+    ]
+    lines.append(f"good: {counts.encoded:,}; bad: {counts.quarantined:,}; skipped: {counts.skipped:,}")
+    if sizes:
+        common = ", ".join(f"{width}x{height} ({count:,})" for (width, height), count in sizes.most_common(3))
+        lines.append(f"sizes: {len(sizes):,} different, most often {common}")
+    named = (
+        f", named {', '.join(plan.class_names[:5])}{' ...' if len(plan.class_names) > 5 else ''}"
+        if plan.class_names
+        else ""
+    )
+    lines.append(f"labels: {labels.total():,} samples in {len(labels):,} classes{named}")
+    lines += [f"bad, {reason}: {count:,}" for reason, count in sorted(reasons.items())] + examples
+    lines += [f"skipped, {reason}: {count:,}" for reason, count in sorted(plan.skipped.items())]
+    facts = {
+        "kind": "corpus",
+        "input_shards": len(plan.shards),
+        "reasons": dict(reasons),
+        "classes": len(labels),
+        "skipped_reasons": dict(plan.skipped),
+    }
+    return Result(lines, counts, 0, facts, quarantine="the lines above")
+
+
+def _decoded(plan: Plan, threads: ThreadPoolExecutor) -> Iterator[tuple[RawSample, Future[Decoded]]]:
+    """Every sample with its decoded image to come; a bounded number of them in flight."""
+    preprocessing = Preprocessing(size=PROBE_SIZE, channels=3)
+    samples = (sample for shard in plan.shards for sample in read_samples(shard))
+    waiting: deque[tuple[RawSample, Future[Decoded]]] = deque()
+    for sample in samples:
+        waiting.append((sample, threads.submit(decode_sample, sample, preprocessing)))
+        if len(waiting) >= 16 * THREADS:
+            yield waiting.popleft()
+    yield from waiting

@@ -1,0 +1,70 @@
+"""Flags that several commands share, and what they resolve to."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from vqmill.errors import UsageError
+
+Device = Literal["auto", "cpu", "cuda"]
+Precision = Literal["fp32", "bf16"]
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class Common:
+    """What every command takes."""
+
+    json: Annotated[bool, Parameter(negative="")] = False
+    """End the output with one line of JSON: seen, encoded, quarantined, skipped, rows, seconds, and what the command made."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class FitFlags:
+    """What people change daily about a training run; the preset and --config decide what is not given."""
+
+    steps: int | None = None
+    """Optimizer steps."""
+    batch_size: int | None = None
+    """Samples of a step, over all workers."""
+    learning_rate: float | None = None
+    """Peak of the schedule (linear warm-up, then half a cosine)."""
+    precision: Precision | None = None
+    """bf16 computes the networks in bfloat16 (for GPUs); quantizers stay in fp32."""
+    seed: int | None = None
+    """Of everything random; 0 by default."""
+    workers: int = 1
+    """1 trains in this process; more train data-parallel on Ray, one device each."""
+    device: Device = "auto"
+    """auto takes the GPU if there is one."""
+
+    def fit(self) -> dict[str, object]:
+        """The flags that are fields of FitConfig."""
+        return {name: getattr(self, name) for name in ("steps", "batch_size", "learning_rate", "precision", "seed")}
+
+
+def choose_device(device: Device) -> str:
+    """Resolves `auto`.
+
+    Raises:
+        UsageError: CUDA was asked for and is not there.
+    """
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no GPU on this machine. See: vqmill doctor")
+    return device
+
+
+def default_workers(device: str) -> int:
+    """One worker for each GPU, or for each core."""
+    import torch
+
+    return torch.cuda.device_count() if device == "cuda" else os.cpu_count() or 1

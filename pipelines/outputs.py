@@ -1,0 +1,133 @@
+"""Output folders and files: made beside, renamed when whole, resumed with the same settings, refused with others."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from vqmill.errors import UsageError
+from vqmill.files import PARTIAL_SUFFIX, canonical_json, hold_lock, write_whole
+from vqmill.settings import different_settings
+
+SETTINGS_FILE = "settings.json"
+RUN_FILE = "run.json"
+MARGIN_BYTES = 64 * 1024 * 1024  # what a job may need beside its main output: logs, tables, Ray's session
+
+
+class OutputFolder:
+    """The folder a job writes: `folder` is where it works (`OUT.partial`), renamed to `OUT` by `finish`.
+
+    Attributes:
+        out: the final place.
+        folder: where to write until then.
+        finished: the same job has been done before; there is nothing to do.
+        resumed: an unfinished run with the same settings was found.
+    """
+
+    def __init__(self, out: Path, settings: Mapping[str, Any]) -> None:
+        """Takes the folder, under a lock.
+
+        Args:
+            out: what the user named with --out.
+            settings: everything that shapes the result, JSON values; two runs with equal settings are the same job.
+
+        Raises:
+            UsageError: the place is taken by something else, or by a run with other settings; the difference is shown.
+        """
+        self.out = out
+        self.folder = out.with_name(out.name + PARTIAL_SUFFIX)
+        self._lock = hold_lock(out, "Another job is writing it. Wait for it to end, or choose another --out.")
+        try:
+            settings = json.loads(canonical_json(settings))
+            self.finished = out.exists()
+            self.resumed = not self.finished and (self.folder / SETTINGS_FILE).exists()
+            if self.finished:
+                _compare(out, settings, "Choose another --out, or remove it.")
+            elif self.resumed:
+                _compare(
+                    self.folder,
+                    settings,
+                    "It is an unfinished run. Repeat its settings to resume it, or remove it to start anew.",
+                )
+            else:
+                shutil.rmtree(self.folder, ignore_errors=True)  # a folder without settings holds nothing yet
+                write_whole(self.folder / SETTINGS_FILE, canonical_json(settings))
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def __enter__(self) -> OutputFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._lock)
+
+    def finish(self) -> None:
+        """Renames the folder to its final place."""
+        self.folder.rename(self.out)
+
+
+def _compare(folder: Path, wanted: Mapping[str, Any], advice: str) -> None:
+    path = folder / SETTINGS_FILE
+    if not path.is_file():
+        raise UsageError(f"{folder}: exists and is not the output of this command. {advice}")
+    differences = list(different_settings(json.loads(path.read_bytes()), wanted))
+    if differences:
+        listing = "\n".join(f"  {line}" for line in differences)
+        raise UsageError(f"{folder}: exists with other settings:\n{listing}\n{advice}")
+
+
+def require_room(path: Path, needed_bytes: int) -> None:
+    """Refuses to start a job whose output will not fit.
+
+    Args:
+        path: where the output goes; it need not exist yet.
+        needed_bytes: an upper estimate.
+
+    Raises:
+        UsageError: less is free.
+    """
+    place = path.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed_bytes + MARGIN_BYTES:
+        raise UsageError(
+            f"{path}: the output may take {needed_bytes / 1e6:,.0f} MB (plus {MARGIN_BYTES / 1e6:.0f} MB to spare), "
+            f"but only {free / 1e6:,.0f} MB are free there. Free some room, or choose an --out on another disk."
+        )
+
+
+def run_record(**facts: Any) -> dict[str, Any]:
+    """What is written beside every output: when, with which versions, from which commit, and the caller's facts."""
+    packages = ("vqmill", "torch", "torchvision", "zarr", "numcodecs", "ray", "pyarrow", "pillow", "numpy")
+    return {
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": ["vqmill", *sys.argv[1:]],
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "versions": {package: version(package) for package in packages},
+        "git_commit": _git_commit(),
+        **facts,
+    }
+
+
+def _git_commit() -> str | None:
+    """The commit of the source tree we run from; None for an installed package."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return None
+    found = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)  # noqa: S607
+    return found.stdout.strip() or None

@@ -1,0 +1,127 @@
+"""Pictures for people: grids of images, of codes as colours, and panels side by side, saved as PNG with their settings inside."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
+from vqmill.errors import UsageError
+from vqmill.files import canonical_json, write_whole
+from vqmill.settings import different_settings
+
+GOLDEN_RATIO = 0.618033988749895  # neighbouring codes get hues far apart
+TEXT_KEY = "vqmill"
+GAP = 2  # pixels between tiles
+MARGIN = 12  # pixels around panels
+TITLE = 22  # height of a title in pixels
+PAPER = (250, 250, 248)
+INK = (40, 40, 48)
+
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A titled grid of images: uint8 [N, C, H, W] with one or three channels."""
+
+    title: str
+    images: Pixels
+
+
+def code_colours(codes: np.ndarray[Any, Any], side: int) -> Pixels:
+    """Each code as a block of its own colour.
+
+    Args:
+        codes: integers [N, h, w].
+        side: height and width of the picture of one grid, pixels.
+
+    Returns:
+        uint8 [N, 3, side, side].
+    """
+    hue = (codes.astype(np.float64) * GOLDEN_RATIO) % 1.0 * 6.0
+    value = 0.72 + 0.24 * ((codes.astype(np.int64) * 7919) % 11) / 10.0
+    saturation = 0.55
+    channels = []
+    for shift in (5.0, 3.0, 1.0):  # the standard HSV to RGB formula, one channel at a time
+        k = (shift + hue) % 6.0
+        channels.append(value - value * saturation * np.clip(np.minimum(k, 4.0 - k), 0.0, 1.0))
+    colours = (np.stack(channels, axis=1) * 255).astype(np.uint8)  # [N, 3, h, w]
+    rows = (np.arange(side) * codes.shape[1]) // side
+    columns = (np.arange(side) * codes.shape[2]) // side
+    return colours[:, :, rows][:, :, :, columns]
+
+
+def image_grid(images: Pixels, columns: int, scale: int = 1) -> Image.Image:
+    """Images [N, C, H, W] in rows of `columns`, each pixel enlarged `scale` times."""
+    number, channels, height, width = images.shape
+    rows = -(-number // columns)
+    tall, wide = height * scale + GAP, width * scale + GAP
+    sheet = Image.new("RGB", (columns * wide - GAP, rows * tall - GAP), PAPER)
+    for index, image in enumerate(images):
+        pixels = np.repeat(image, 3, axis=0) if channels == 1 else image
+        tile = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+        place = (index % columns * wide, index // columns * tall)
+        sheet.paste(tile.resize((width * scale, height * scale), Image.Resampling.NEAREST), place)
+    return sheet
+
+
+def side_by_side(panels: Sequence[Panel], columns: int, scale: int = 1) -> Image.Image:
+    """Panels from left to right, each with its title above."""
+    grids = [(panel.title, image_grid(panel.images, columns, scale)) for panel in panels]
+    width = MARGIN + sum(grid.width + MARGIN for _, grid in grids)
+    height = TITLE + 2 * MARGIN + max(grid.height for _, grid in grids)
+    sheet = Image.new("RGB", (width, height), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(size=14)
+    left = MARGIN
+    for title, grid in grids:
+        draw.text((left, MARGIN - 2), title, INK, font)
+        sheet.paste(grid, (left, MARGIN + TITLE))
+        left += grid.width + MARGIN
+    return sheet
+
+
+def good_scale(side: int) -> int:
+    """How often to enlarge small images so that people can see them: to about 64 pixels a side."""
+    return max(1, 64 // side)
+
+
+def check_picture(path: Path, settings: Mapping[str, Any]) -> None:
+    """Refuses a place that a picture with other settings holds; call it before the work.
+
+    Raises:
+        UsageError: something else is there, or the name does not end in .png.
+    """
+    if path.suffix.lower() != ".png":
+        raise UsageError(f"--out {path}: pictures are written as PNG; choose a name that ends in .png.")
+    if not path.exists():
+        return
+    try:
+        with Image.open(path, formats=["PNG"]) as picture:
+            found = json.loads(picture.info[TEXT_KEY])
+    except (OSError, KeyError, ValueError) as error:
+        raise UsageError(
+            f"{path}: exists and is not a picture of vqmill's. Choose another --out, or remove it."
+        ) from error
+    differences = list(different_settings(found, json.loads(canonical_json(settings))))
+    if differences:
+        listing = "\n".join(f"  {line}" for line in differences)
+        raise UsageError(
+            f"{path}: a picture made with other settings is there:\n{listing}\nChoose another --out, or remove it."
+        )
+
+
+def save_picture(path: Path, picture: Image.Image, settings: Mapping[str, Any]) -> None:
+    """Writes a PNG whole, with the settings that made it in a text chunk `vqmill`."""
+    text = PngImagePlugin.PngInfo()
+    text.add_itxt(TEXT_KEY, canonical_json(settings).decode())
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", pnginfo=text, optimize=True)
+    write_whole(path, buffer.getvalue())

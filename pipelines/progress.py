@@ -1,0 +1,62 @@
+"""One progress display for every job: a bar on a terminal, a line every 30 seconds in a log."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+LOG_EVERY_SECONDS = 30.0
+
+
+class Meter:
+    """Shows how far a job is. Call it with what is done and what is to be done."""
+
+    def __init__(self, title: str, unit: str, console: Console, bar: Progress | None) -> None:
+        self._title, self._unit, self._console, self._bar = title, unit, console, bar
+        self._task = bar.add_task(title, total=None, note="") if bar else None
+        self._start = self._logged = time.monotonic()
+        self._first: int | None = None
+
+    def __call__(self, done: int, total: int | None, note: str = "") -> None:
+        """Moves the display.
+
+        Args:
+            done: how much is done, counting what an earlier run did.
+            total: of how much; None when it is not known.
+            note: a few words more, such as the loss.
+        """
+        if self._first is None:
+            self._first = done
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=done, total=total, note=note)
+            return
+        now = time.monotonic()
+        if now - self._logged < LOG_EVERY_SECONDS:
+            return
+        self._logged = now
+        rate = (done - self._first) / (now - self._start)
+        left = f", {(total - done) / rate:,.0f} s left" if total and rate > 0 else ""
+        of = f" of {total:,} ({done / total:.0%})" if total else ""
+        self._console.print(
+            f"{self._title}: {done:,}{of} {self._unit}, {rate:,.1f}/s{left}{'; ' + note if note else ''}",
+            highlight=False,
+        )
+
+
+@contextmanager
+def meter(title: str, unit: str) -> Iterator[Meter]:
+    """A display for one job, on standard error; gone when the job ends."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield Meter(title, unit, console, None)
+        return
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn(),
+        TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+    )  # fmt: skip
+    with Progress(*columns, console=console, transient=True) as bar:
+        yield Meter(title, unit, console, bar)

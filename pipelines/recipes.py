@@ -1,0 +1,94 @@
+"""Training recipes: defaults for each preset, a TOML file over them, and flags over both."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from pipelines.fit import FitConfig
+from vqmill.errors import UsageError
+
+# Steps are for a laptop and a corpus of some tens of thousands of images; measured in docs/experiments/.
+TOKENIZER_RECIPES = {
+    "grey28": FitConfig(steps=2000, batch_size=64, learning_rate=2e-3),
+    "rgb32": FitConfig(steps=3000, batch_size=64, learning_rate=2e-3),
+    "rgb256": FitConfig(steps=20000, batch_size=32, learning_rate=1e-3, warmup_steps=500),
+}
+PRIOR_RECIPES = {
+    "pixelcnn-tiny": FitConfig(steps=400, batch_size=32, learning_rate=6e-3, warmup_steps=20, weight_ema=0.98),
+    "pixelcnn": FitConfig(
+        steps=2000, batch_size=64, learning_rate=2e-3, weight_ema=0.995, weight_decay=0.01, keep_best=True
+    ),
+    "pixelcnn-large": FitConfig(
+        steps=40000,
+        batch_size=128,
+        learning_rate=5e-4,
+        warmup_steps=1000,
+        weight_ema=0.9999,
+        weight_decay=0.01,
+        keep_best=True,
+    ),
+}
+
+
+def read_tables(path: Path | None, tables: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Reads a TOML file of settings.
+
+    Args:
+        path: the file; None gives empty tables.
+        tables: which tables the command knows.
+
+    Raises:
+        UsageError: no such file, not TOML, or a table that is not known.
+    """
+    known = list(tables)
+    found: dict[str, dict[str, Any]] = {name: {} for name in known}
+    if path is None:
+        return found
+    try:
+        content = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise UsageError(f"--config {path}: cannot be read ({error.strerror}).") from error
+    except ValueError as error:
+        raise UsageError(f"--config {path}: not a TOML file ({error}).") from error
+    for name, table in content.items():
+        if name not in known or not isinstance(table, dict):
+            raise UsageError(
+                f"--config {path}: unknown entry {name!r}; expected the tables {', '.join(f'[{table}]' for table in known)}.{did_you_mean(name, known)}"
+            )
+        found[name] = table
+    return found
+
+
+def fit_config(recipe: FitConfig, table: Mapping[str, Any], flags: Mapping[str, Any]) -> FitConfig:
+    """A preset's recipe, overridden by a TOML table `[fit]`, overridden by the flags that were given (not None).
+
+    Raises:
+        UsageError: an unknown key, or a value of another kind.
+    """
+    kinds = {field.name: type(getattr(recipe, field.name)) for field in fields(FitConfig)}
+    for name, value in table.items():
+        if name not in kinds:
+            raise UsageError(
+                f"[fit]: unknown key {name!r}; expected one of {', '.join(kinds)}.{did_you_mean(name, kinds)}"
+            )
+        if type(value) is not kinds[name] and not (kinds[name] is float and type(value) is int):
+            raise UsageError(f"[fit] {name}: expected {kinds[name].__name__}, got {value!r}.")
+    given = {name: value for name, value in flags.items() if value is not None}
+    changed = replace(recipe, **{**table, **given})
+    short = {
+        name: min(getattr(changed, name), max(1, changed.steps // 10))
+        for name in ("warmup_steps",)
+        if name not in table
+    }
+    return replace(changed, **short)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of an error: the nearest known name, if one is near."""
+    near = get_close_matches(name, list(known), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""

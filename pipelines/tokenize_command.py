@@ -1,0 +1,96 @@
+"""The command `tokenize`: checks what was asked for, runs it, and says what came out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import tokenizer
+from pipelines.corpus.plan import Plan, plan_corpus
+from pipelines.encoder import Encoding
+from pipelines.options import Device, Precision, choose_device, default_workers
+from pipelines.outputs import run_record
+from pipelines.progress import meter
+from pipelines.results import Result
+from pipelines.tokenize import TokenizeOptions, store_spec, tokenize_corpus
+from vqmill.errors import CodesError, UsageError
+from vqmill.files import canonical_json, write_whole
+from vqmill.layout import read_spec
+
+
+def tokenize(
+    corpus: str, tokenizer_path: Path, out: Path, *, size: int | None, workers: int | None, batch_size: int, shard_rows: int | None,
+    precision: Precision, device: Device, dry_run: bool,
+) -> Result:  # fmt: skip
+    """Runs the command; see `vqmill tokenize --help`."""
+    for flag, value in (("--workers", workers), ("--batch-size", batch_size), ("--shard-rows", shard_rows)):
+        if value is not None and value < 1:
+            raise UsageError(f"{flag} must be at least 1, got {value}.")
+    try:
+        model = tokenizer.load(tokenizer_path)
+        size = size if size is not None else model.config.size
+        model.config.grid(model.config.level_names[0], size)
+    except CodesError as error:
+        raise UsageError(str(error)) from error
+    chosen = choose_device(device)
+    options = TokenizeOptions(
+        size, Encoding(batch_size, precision), shard_rows, workers or default_workers(chosen), chosen
+    )
+    plan = plan_corpus(corpus)
+    if dry_run:
+        return _dry_run(plan, model, out, options)
+    with meter("tokenizing", "samples") as show:
+        made = tokenize_corpus(plan, model, out, options, show)
+    record = run_record(
+        corpus=corpus, tokenizer=str(tokenizer_path.absolute()), workers=options.workers, device=chosen, rows=made.rows,
+        counts=asdict(made.counts), seconds=made.seconds,
+    )  # fmt: skip
+    write_whole(run_file(out), canonical_json(record))
+    new = made.rows - made.resumed_rows
+    lines = [f"{out}: {made.rows:,} rows ({new:,} of them in this run, {made.resumed_rows:,} found committed)"]
+    lines += [f"quarantined: {count:,} {reason}" for reason, count in sorted(made.reasons.items())]
+    lines += [f"skipped: {count:,} {reason}" for reason, count in sorted(plan.skipped.items())]
+    facts = {
+        "out": str(out),
+        "resumed_rows": made.resumed_rows,
+        "reasons": made.reasons,
+        "fingerprint": model.fingerprint,
+    }
+    return Result(lines, made.counts, made.rows, facts, quarantine=str(out / "quarantine"))
+
+
+def run_file(store: Path) -> Path:
+    """The record beside a store: when, where and how it was made. Not inside, where it would differ from run to run."""
+    return store.with_name(store.name + ".run.json")
+
+
+def recorded_tokenizer(store: Path) -> Path:
+    """The tokenizer's folder, as recorded beside a store.
+
+    Raises:
+        UsageError: no record.
+    """
+    path = run_file(store)
+    if not path.is_file():
+        raise UsageError(f"{path} is not there, so the tokenizer's place is not known. Name it with --tokenizer DIR.")
+    return Path(json.loads(path.read_bytes())["tokenizer"])
+
+
+def _dry_run(plan: Plan, model: tokenizer.Tokenizer, out: Path, options: TokenizeOptions) -> Result:
+    spec = store_spec(plan, model, options)
+    raw = plan.num_samples * spec.row_bytes
+    done = read_spec(out).num_rows if (out / "zarr.json").exists() else 0
+    grids = ", ".join(
+        f"{level.name} {'x'.join(map(str, level.grid))} of {level.codebook_size} codes" for level in spec.levels
+    )
+    lines = [
+        f"{plan.corpus}: {len(plan.shards):,} input shards, {plan.num_samples:,} samples, {plan.num_bytes / 1e6:,.1f} MB",
+        f"{out}: {grids}; at most {raw / 1e6:,.1f} MB before compression, {spec.rows_per_shard:,} rows a Zarr shard",
+        f"{done:,} rows are committed already" if done else "nothing is there yet",
+        f"{options.workers} workers on {options.device}; nothing was written",
+    ]
+    return Result(
+        lines,
+        facts={"samples": plan.num_samples, "input_shards": len(plan.shards), "raw_bytes": raw, "committed_rows": done},
+    )

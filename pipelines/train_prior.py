@@ -1,0 +1,199 @@
+"""The command `train-prior`: a code store in, a PixelCNN for each level out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import priors
+from pipelines.corpus.holdout import in_holdout
+from pipelines.fit import Batch, FitConfig, Stream
+from pipelines.options import FitFlags, choose_device
+from pipelines.outputs import OutputFolder, require_room, run_record
+from pipelines.recipes import PRIOR_RECIPES, fit_config, read_tables
+from pipelines.results import Result
+from pipelines.train import Task, run_job
+from vqmill import Codes, open_codes
+from vqmill.errors import CodesError, UsageError
+from vqmill.files import canonical_json, write_whole
+from vqmill.loader import CodeBatches
+from vqmill.writer import Counts
+
+EVALUATION_LIMIT = 4096  # held-out samples that an evaluation looks at
+BASELINE_ROWS = 50_000
+
+
+class CodeStream:
+    """Training batches from a store without end: epoch after epoch, in another order each."""
+
+    def __init__(self, batches: CodeBatches) -> None:
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            for batch in self._batches:
+                yield to_tensors(batch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The loader's place."""
+        return self._batches.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes to a place."""
+        self._batches.load_state_dict(state)
+
+
+def to_tensors(batch: Mapping[str, np.ndarray[Any, Any]]) -> Batch:
+    """A loader's batch as int64 tensors, as embeddings take them."""
+    return {name: torch.from_numpy(values.astype(np.int64)) for name, values in batch.items()}
+
+
+@dataclass(frozen=True)
+class PriorJob:
+    """The training of one level, ready to be sent to any machine that sees the store."""
+
+    store: Path
+    level: str
+    config: priors.PriorConfig
+    fit: FitConfig
+    holdout: float
+
+    def build(self, rank: int, world_size: int) -> Task:
+        """A new network for the level, the same on every rank, and this rank's codes."""
+        torch.manual_seed(self.fit.seed)
+        step = priors.PriorStep(priors.Prior(self.config), self.level)
+        codes = open_codes(self.store)
+        kept, held_out = split_rows(codes, self.holdout)
+        size = self.fit.rank_batch(world_size)
+        stream = codes.batches(
+            size, shuffle=True, seed=self.fit.seed, rank=rank, world_size=world_size, last="pad", rows=kept
+        )
+        return Task(step, CodeStream(stream), self._validation(codes, held_out[:EVALUATION_LIMIT]))
+
+    def _validation(self, codes: Codes, rows: np.ndarray[Any, Any]) -> Callable[[], Iterable[Batch]]:
+        return lambda: (to_tensors(batch) for batch in codes.batches(self.fit.batch_size, rows=rows))
+
+    def quarantined(self, stream: Stream) -> dict[str, dict[str, str]]:
+        """Nothing: a store has been checked."""
+        return {}
+
+
+def split_rows(codes: Codes, fraction: float) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Rows to train on and rows held out, by the hash of each sample's key: the same samples as the tokenizer's hold-out.
+
+    Raises:
+        CodesError: one of the two sides is empty.
+    """
+    held = np.fromiter((in_holdout(str(key), fraction) for key in codes.samples()["key"].to_pylist()), bool, len(codes))
+    if held.all() or not held.any():
+        raise CodesError(
+            f"{codes.path}: of its {len(codes):,} rows, --holdout {fraction} keeps {held.sum():,} out of training. "
+            "Both sides need rows: choose another fraction, or tokenize a larger corpus."
+        )
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def train_prior(
+    store: Path, out: Path, *, preset: str, config: Path | None, level: str, holdout: float, flags: FitFlags
+) -> Result:
+    """Runs the command; see `vqmill train-prior --help`."""
+    tables = read_tables(config, ("prior", "fit"))
+    if not 0 < holdout < 1:
+        raise UsageError(f"--holdout must lie between 0 and 1, got {holdout}.")
+    codes = open_codes(store)
+    split_rows(codes, holdout)
+    try:
+        prior_config = priors.preset_config(
+            preset, level_shapes(codes), num_classes(codes), codes.spec.tokenizer["fingerprint"], **tables["prior"]
+        )
+        levels = codes.levels if level == "all" else (prior_config.level_names[prior_config.level_index(level)],)
+    except CodesError as error:
+        raise UsageError(str(error)) from error
+    fit = fit_config(PRIOR_RECIPES[preset], tables["fit"], flags.fit())
+    fit.rank_batch(flags.workers)
+    device = choose_device(flags.device)
+    settings = {
+        "command": "train-prior",
+        "plan": [segment.plan for segment in codes.spec.segments],
+        "rows": len(codes),
+        "prior": prior_config.to_dict(),
+        "levels": list(levels),
+        "fit": asdict(fit),
+        "holdout": holdout,
+    }
+    with torch.device("meta"):
+        require_room(out, 8 * 4 * priors.Prior(prior_config).num_parameters)
+    with OutputFolder(out, settings) as place:
+        if not place.finished:
+            torch.manual_seed(fit.seed)
+            prior = priors.Prior(prior_config).eval()
+            report = {}
+            for name in levels:
+                (place.folder / name).mkdir(exist_ok=True)
+                job = PriorJob(store.absolute(), name, prior_config, fit, holdout)
+                trained = run_job(
+                    job, place.folder / name, workers=flags.workers, device=device, title=f"training the prior: {name}"
+                )
+                step = priors.PriorStep(prior, name)
+                step.load_state_dict(trained.tensors)
+                report[name] = trained.evaluation | _baselines(codes, name)
+            priors.save(prior, place.folder)
+            record = run_record(
+                store=str(store), settings=settings, workers=flags.workers, device=device, fingerprint=prior.fingerprint,
+                parameters=prior.num_parameters, evaluation=report, rows=len(codes),
+            )  # fmt: skip
+            write_whole(place.folder / "run.json", canonical_json(record))
+            place.finish()
+        return _report(out, already=place.finished)
+
+
+def level_shapes(codes: Codes) -> list[priors.LevelShape]:
+    """The store's levels as the prior wants them.
+
+    Raises:
+        UsageError: a level is not a two-dimensional grid.
+    """
+    for level in codes.spec.levels:
+        if len(level.grid) != 2:
+            raise UsageError(
+                f"{codes.path}: level '{level.name}' has grid {level.grid}; priors over images (h, w) are what is there so far."
+            )
+    return [
+        priors.LevelShape(level.name, level.codebook_size, (level.grid[0], level.grid[1]))
+        for level in codes.spec.levels
+    ]
+
+
+def num_classes(codes: Codes) -> int:
+    """How many labels there are: the named classes, else one more than the largest label; 0 without labels."""
+    largest = int(codes.labels.max(initial=-1))
+    return 0 if largest < 0 else max(len(codes.class_names), largest + 1)
+
+
+def _baselines(codes: Codes, level: str) -> dict[str, float]:
+    """What the crudest models need, in bits per code."""
+    rows = codes[level][:BASELINE_ROWS]
+    found = asdict(priors.baselines(rows, codes.spec.level(level).codebook_size))
+    return {f"{name}_bits_per_code": bits for name, bits in found.items()}
+
+
+def _report(out: Path, *, already: bool) -> Result:
+    record = json.loads((out / "run.json").read_bytes())
+    lines = [f"{out}: already trained with these settings; nothing to do."] if already else []
+    lines.append(f"prior {record['fingerprint']}: {record['parameters']:,} parameters")
+    for name, found in record["evaluation"].items():
+        crude = ", ".join(
+            f"{key.removesuffix('_bits_per_code')} {bits:.3f}"
+            for key, bits in found.items()
+            if key.endswith("_bits_per_code")
+        )
+        lines.append(f"level {name}: {found['bits_per_code']:.3f} bits per held-out code ({crude})")
+    lines.append(f"made {out / priors.FILE_NAME}")
+    facts = {"out": str(out), "fingerprint": record["fingerprint"], "evaluation": record["evaluation"]}
+    return Result(lines, Counts(encoded=record["rows"]), record["rows"], facts)

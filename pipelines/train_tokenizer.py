@@ -1,0 +1,190 @@
+"""The command `train-tokenizer`: a corpus in, a tokenizer and a picture of what it keeps out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+import tokenizer
+from pipelines.corpus.holdout import holdout_batches
+from pipelines.corpus.images import Augmentation, Preprocessing
+from pipelines.corpus.plan import Plan, plan_corpus
+from pipelines.corpus.stream import TrainingStream
+from pipelines.fit import Batch, FitConfig, Stream
+from pipelines.options import FitFlags, choose_device
+from pipelines.outputs import OutputFolder, require_room, run_record
+from pipelines.pictures import Panel, code_colours, good_scale, save_picture, side_by_side
+from pipelines.recipes import TOKENIZER_RECIPES, fit_config, read_tables
+from pipelines.results import Result
+from pipelines.train import Task, run_job
+from vqmill.errors import CodesError, UsageError
+from vqmill.files import canonical_json, write_whole
+from vqmill.writer import Counts
+
+QUARANTINE_FILE = "quarantine.parquet"
+PICTURE_FILE = "reconstructions.png"
+EVALUATION_LIMIT = 4096  # held-out samples that an evaluation looks at
+PICTURES = 8
+
+
+@dataclass(frozen=True)
+class TokenizerJob:
+    """A tokenizer's training, ready to be sent to any machine that sees the corpus."""
+
+    plan: Plan
+    config: tokenizer.TokenizerConfig
+    fit: FitConfig
+    augmentation: Augmentation
+    holdout: float
+    threads: int = 2
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How images are brought to the tokenizer's size."""
+        return Preprocessing(size=self.config.size, channels=self.config.channels)
+
+    def build(self, rank: int, world_size: int) -> Task:
+        """A new tokenizer, the same on every rank, and this rank's images."""
+        torch.manual_seed(self.fit.seed)
+        step = tokenizer.TokenizerStep(tokenizer.Tokenizer(self.config))
+        stream = TrainingStream(
+            self.plan,
+            self.preprocessing,
+            self.augmentation,
+            batch_size=self.fit.rank_batch(world_size),
+            seed=self.fit.seed,
+            rank=rank,
+            world_size=world_size,
+            holdout_fraction=self.holdout,
+            num_threads=self.threads,
+        )
+        return Task(step, stream, self.validation())
+
+    def validation(self, limit: int = EVALUATION_LIMIT) -> Callable[[], Iterable[Batch]]:
+        """Gives the held-out images, from the beginning each time."""
+        return lambda: holdout_batches(
+            self.plan, self.preprocessing, self.holdout, batch_size=self.fit.batch_size, limit=limit
+        )
+
+    def quarantined(self, stream: Stream) -> dict[str, dict[str, str]]:
+        """Samples that could not be read."""
+        assert isinstance(stream, TrainingStream)
+        return {
+            key: {"reason": str(problem.reason), "detail": problem.detail}
+            for key, problem in stream.quarantined.items()
+        }
+
+
+def train_tokenizer(
+    corpus: str, out: Path, *, preset: str, config: Path | None, size: int | None, holdout: float, flags: FitFlags
+) -> Result:
+    """Runs the command; see `vqmill train-tokenizer --help`."""
+    job, device = _plan_job(corpus, preset=preset, config=config, size=size, holdout=holdout, flags=flags)
+    settings = {
+        "command": "train-tokenizer",
+        "plan": job.plan.digest,
+        "tokenizer": job.config.to_dict(),
+        "preprocessing": job.preprocessing.to_dict(),
+        "augmentation": asdict(job.augmentation),
+        "fit": asdict(job.fit),
+        "holdout": holdout,
+    }
+    require_room(out, _room(job))
+    with OutputFolder(out, settings) as place:
+        if not place.finished:
+            trained = run_job(job, place.folder, workers=flags.workers, device=device, title="training the tokenizer")
+            step = tokenizer.TokenizerStep(tokenizer.Tokenizer(job.config))
+            step.load_state_dict(trained.tensors)
+            model = step.tokenizer.eval()
+            model.sort_by_usage()
+            tokenizer.save(model, place.folder)
+            _save_pictures(job, model, place.folder / PICTURE_FILE)
+            rows = [{"key": key, **problem} for key, problem in trained.quarantined.items()]
+            schema = pa.schema([("key", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
+            pq.write_table(pa.Table.from_pylist(rows, schema=schema), place.folder / QUARANTINE_FILE)
+            record = run_record(
+                corpus=corpus, settings=settings, workers=flags.workers, device=device, fingerprint=model.fingerprint,
+                parameters=model.num_parameters, evaluation=trained.evaluation, counts=asdict(_counts(job, len(rows))),
+            )  # fmt: skip
+            write_whole(place.folder / "run.json", canonical_json(record))
+            place.finish()
+        return _report(out, already=place.finished)
+
+
+def _plan_job(
+    corpus: str, *, preset: str, config: Path | None, size: int | None, holdout: float, flags: FitFlags
+) -> tuple[TokenizerJob, str]:
+    tables = read_tables(config, ("tokenizer", "fit"))
+    overrides = tables["tokenizer"] | ({"size": size} if size is not None else {})
+    try:
+        model_config = tokenizer.preset_config(preset, **overrides)
+    except CodesError as error:
+        raise UsageError(str(error)) from error
+    if not 0 < holdout < 1:
+        raise UsageError(f"--holdout must lie between 0 and 1, got {holdout}.")
+    fit = fit_config(TOKENIZER_RECIPES[preset], tables["fit"], flags.fit())
+    fit.rank_batch(flags.workers)
+    device = choose_device(flags.device)
+    return TokenizerJob(plan_corpus(corpus), model_config, fit, Augmentation(), holdout), device
+
+
+def _room(job: TokenizerJob) -> int:
+    """Bytes: weights, optimizer state and the final copies."""
+    with torch.device("meta"):
+        parameters = sum(tensor.numel() for tensor in tokenizer.Tokenizer(job.config).state_dict().values())
+    return 8 * 4 * parameters
+
+
+def _counts(job: TokenizerJob, quarantined: int) -> Counts:
+    """What training looked at: every sample once, or as many as its steps reached."""
+    reached = min(job.fit.steps * job.fit.batch_size, job.plan.num_samples - quarantined)
+    return Counts(encoded=reached, quarantined=quarantined, skipped=sum(job.plan.skipped.values()))
+
+
+def _save_pictures(job: TokenizerJob, model: tokenizer.Tokenizer, path: Path) -> None:
+    """Held-out images, what the tokenizer keeps of them, and their codes."""
+    batches = islice(job.validation(PICTURES)(), PICTURES)
+    images = torch.cat([batch["images"] for batch in batches])[:PICTURES]
+    codes = model.encode(images)
+    side = images.shape[-1]
+    panels = [Panel("original", images.numpy()), Panel("reconstruction", model.decode(codes).numpy())]
+    panels += [Panel(_codes_title(level), code_colours(values.numpy(), side)) for level, values in codes.items()]
+    save_picture(path, side_by_side(panels, columns=2, scale=good_scale(side)), {"fingerprint": model.fingerprint})
+
+
+def _codes_title(level: str) -> str:
+    return "codes" if level == "codes" else f"codes: {level}"
+
+
+def _report(out: Path, *, already: bool) -> Result:
+    """What the run's own record says, so that a repeated command says the same."""
+    import json
+
+    record = json.loads((out / "run.json").read_bytes())
+    evaluation = record["evaluation"]
+    counts = Counts(**record["counts"])
+    lines = [f"{out}: already trained with these settings; nothing to do."] if already else []
+    lines.append(
+        f"tokenizer {record['fingerprint']}: {record['parameters']:,} parameters; held out: normalised MSE {evaluation['nmse']:.4f}, "
+        f"PSNR {evaluation['psnr']:.2f} dB"
+    )
+    for name in [name.removesuffix("/used_codes") for name in evaluation if name.endswith("/used_codes")]:
+        used, size = int(evaluation[f"{name}/used_codes"]), int(evaluation[f"{name}/codebook_size"])
+        lines.append(
+            f"level {name}: {used} of {size} codes used ({used / size:.0%}), dataset perplexity {evaluation[f'{name}/perplexity']:.1f} "
+            "(as many codes, equally used, would carry as much)"
+        )
+    lines.append(f"made {out / tokenizer.FILE_NAME} and {out / PICTURE_FILE}")
+    facts = {
+        "out": str(out),
+        "fingerprint": record["fingerprint"],
+        "steps": record["settings"]["fit"]["steps"],
+        **evaluation,
+    }
+    return Result(lines, counts, 0, facts, quarantine=str(out / QUARANTINE_FILE))

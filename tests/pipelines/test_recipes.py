@@ -1,0 +1,56 @@
+"""Recipes: a preset, a TOML file over it, flags over both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipelines.recipes import TOKENIZER_RECIPES, fit_config, read_tables
+from vqmill.errors import UsageError
+
+RECIPE = TOKENIZER_RECIPES["rgb32"]
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("[fit]\nsteps = 7000\nlearning_rate = 1\n[tokenizer]\nhidden_dim = 64\n")
+    tables = read_tables(path, ("tokenizer", "fit"))
+    assert tables["tokenizer"] == {"hidden_dim": 64}
+    config = fit_config(RECIPE, tables["fit"], {"steps": 5000, "seed": None})
+    assert (config.steps, config.learning_rate, config.seed) == (5000, 1, RECIPE.seed)
+
+
+def test_short_runs_warm_up_shortly() -> None:
+    assert fit_config(RECIPE, {}, {"steps": 50}).warmup_steps == 5
+    assert fit_config(RECIPE, {"warmup_steps": 20}, {"steps": 50}).warmup_steps == 20
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("[fits]\nsteps = 1", "Did you mean 'fit'"), ("steps = 1", "tables"), ("[fit", "not a TOML")],
+)
+def test_files_that_are_not_understood_are_refused(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(content)
+    with pytest.raises(UsageError, match=message):
+        read_tables(path, ("tokenizer", "fit"))
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_tables(tmp_path / "no.toml", ("fit",))
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"step": 1}, "Did you mean 'steps'"),
+        ({"steps": "many"}, "expected int"),
+        ({"steps": True}, "expected int"),
+        ({"steps": 0}, "at least 1"),
+    ],
+)
+def test_bad_keys_and_values_are_refused(table: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        fit_config(RECIPE, table, {})

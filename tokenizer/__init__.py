@@ -1,0 +1,46 @@
+"""tokenizer: models that turn pixels into codes and back.
+
+>>> import torch, tokenizer
+>>> model = tokenizer.from_preset("grey28")
+>>> codes = model.encode(torch.zeros(2, 1, 28, 28, dtype=torch.uint8))
+>>> codes["codes"].shape, model.decode(codes).shape
+(torch.Size([2, 7, 7]), torch.Size([2, 1, 28, 28]))
+"""
+
+from typing import Any
+
+from tokenizer.config import PRESETS, TokenizerConfig, preset_config
+from tokenizer.models import Reconstruction, Tokenizer
+from tokenizer.quantizers import EMAQuantizer, Quantized
+from tokenizer.saving import FILE_NAME, dumps, load, loads, save
+from tokenizer.step import TokenizerStep
+
+__all__ = [
+    "FILE_NAME",
+    "PRESETS",
+    "EMAQuantizer",
+    "Quantized",
+    "Reconstruction",
+    "Tokenizer",
+    "TokenizerConfig",
+    "TokenizerStep",
+    "dumps",
+    "from_preset",
+    "load",
+    "loads",
+    "preset_config",
+    "save",
+]
+
+
+def from_preset(name: str, **overrides: Any) -> Tokenizer:
+    """A new, untrained tokenizer.
+
+    Args:
+        name: one of `PRESETS`.
+        overrides: other values for fields of `TokenizerConfig`, such as `codebook_size=1024`.
+
+    Raises:
+        CodesError: unknown preset or field (the nearest name is suggested), or a value out of its range.
+    """
+    return Tokenizer(preset_config(name, **overrides))

@@ -1,0 +1,93 @@
+"""Tokenizers on disk: one safetensors file with the configuration in its metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenizer.config import TokenizerConfig
+from tokenizer.models import Tokenizer
+from vqmill.checkpoint import dump_checkpoint, fingerprint, load_checkpoint, parse_checkpoint, save_checkpoint
+from vqmill.errors import CodesError
+
+FILE_NAME = "tokenizer.safetensors"
+KIND = "tokenizer"
+
+
+def dumps(model: Tokenizer) -> bytes:
+    """The bytes of a checkpoint file, to be sent rather than stored."""
+    return dump_checkpoint(model.state_dict(), _metadata(model))
+
+
+def loads(data: bytes, source: str = "tokenizer") -> Tokenizer:
+    """Reads what `dumps` gave; `source` names it in errors. See `load`."""
+    return _checked(*parse_checkpoint(data, source), source)
+
+
+def save(model: Tokenizer, folder: str | Path) -> Path:
+    """Writes `tokenizer.safetensors` into a folder, whole or not at all.
+
+    Returns:
+        The file's path.
+    """
+    path = Path(folder) / FILE_NAME
+    save_checkpoint(path, model.state_dict(), _metadata(model))
+    return path
+
+
+def load(path: str | Path) -> Tokenizer:
+    """Reads a tokenizer onto the CPU, in evaluation mode.
+
+    Args:
+        path: the file that `save` wrote, or the folder that holds it.
+
+    Raises:
+        CodesError: missing, damaged, not a tokenizer, or its weights do not fit its configuration.
+    """
+    path = Path(path)
+    path = path / FILE_NAME if path.is_dir() else path
+    return _checked(*load_checkpoint(path), str(path))
+
+
+def _metadata(model: Tokenizer) -> dict[str, Any]:
+    return {"kind": KIND, "config": model.config.to_dict(), "fingerprint": model.fingerprint}
+
+
+def _checked(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], path: str) -> Tokenizer:
+    config = metadata.get("config")
+    if metadata.get("kind") != KIND or not isinstance(config, Mapping):
+        raise CodesError(f"{path}: expected a tokenizer, found {metadata.get('kind')!r}.")
+    try:
+        model = _build(TokenizerConfig.from_dict(config), tensors)
+    except CodesError as error:
+        raise CodesError(f"{path}: {error}") from error
+    found = fingerprint(tensors, config)
+    if found != metadata.get("fingerprint"):
+        raise CodesError(
+            f"{path}: its weights have fingerprint {found}, but {metadata.get('fingerprint')} was written with them. "
+            "The file was changed after it was saved; restore it from a copy."
+        )
+    return model.eval()
+
+
+def _build(config: TokenizerConfig, tensors: Mapping[str, Tensor]) -> Tokenizer:
+    with torch.device("meta"):  # shapes only: nothing is allocated or drawn before the file is known to fit
+        model = Tokenizer(config)
+    expected, found = _shapes(model.state_dict()), _shapes(tensors)
+    if expected != found:
+        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        name = wrong[0]
+        raise CodesError(
+            f"the weights do not fit the configuration: {len(wrong)} differ, first '{name}': expected {expected.get(name, 'nothing')}, "
+            f"found {found.get(name, 'nothing')}."
+        )
+    model.load_state_dict(tensors, strict=True, assign=True)
+    return model
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items()}
