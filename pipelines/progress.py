@@ -44,6 +44,7 @@ class Meter:
         self._console.print(
             f"{self._title}: {done:,}{of} {self._unit}, {rate:,.1f}/s{left}{'; ' + note if note else ''}",
             highlight=False,
+            soft_wrap=True,
         )
 
 

@@ -96,7 +96,9 @@ def _dunes(x: Array, y: Array, random: np.random.Generator) -> Array:
 def _moonlight(x: Array, y: Array, random: np.random.Generator) -> Array:
     picture = _gradient(y, _jitter((0.04, 0.06, 0.20), random, 0.03), _jitter((0.24, 0.30, 0.52), random))
     for _ in range(12):
-        picture = _over(picture, _disc(x, y, random.uniform(0, 1), random.uniform(0, 0.6), 0.008), np.array([0.9, 0.92, 1.0]))
+        picture = _over(
+            picture, _disc(x, y, random.uniform(0, 1), random.uniform(0, 0.6), 0.008), np.array([0.9, 0.92, 1.0])
+        )
     cx, cy, radius = random.uniform(0.2, 0.8), random.uniform(0.15, 0.38), random.uniform(0.08, 0.14)
     bite = _disc(x, y, cx + radius * random.uniform(0.4, 0.8), cy - radius * 0.2, radius)
     picture = _over(picture, _disc(x, y, cx, cy, radius).clip(0, 1) - bite.clip(0, 1), np.array([0.98, 0.96, 0.86]))
@@ -109,7 +111,9 @@ def _moonlight(x: Array, y: Array, random: np.random.Generator) -> Array:
 def _planets(x: Array, y: Array, random: np.random.Generator) -> Array:
     picture = _gradient(y, _jitter((0.03, 0.02, 0.08), random, 0.02), _jitter((0.10, 0.05, 0.20), random, 0.03))
     for _ in range(14):
-        picture = _over(picture, _disc(x, y, random.uniform(0, 1), random.uniform(0, 1), 0.008), np.array([0.95, 0.93, 0.85]))
+        picture = _over(
+            picture, _disc(x, y, random.uniform(0, 1), random.uniform(0, 1), 0.008), np.array([0.95, 0.93, 0.85])
+        )
     cx, cy, radius = random.uniform(0.35, 0.65), random.uniform(0.35, 0.65), random.uniform(0.2, 0.3)
     hue = np.array([(0.90, 0.55, 0.30), (0.40, 0.65, 0.90), (0.75, 0.45, 0.75), (0.55, 0.80, 0.55)])[random.integers(4)]
     bands = 0.85 + 0.15 * np.sin(2 * np.pi * (y - cy) * random.uniform(4, 8) + random.uniform(0, 6))
