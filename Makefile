@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DEMO_OUT ?= demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench docs clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-6s %s\n", $$1, $$2}'
@@ -37,6 +37,9 @@ lint: $(VENV)/.dev ## format, lint, types and one-way imports
 
 bench: $(VENV)/.bench ## ratios against peers and physical limits, measured here and now
 	$(BIN)/python -m benchmarks
+
+docs: $(VENV)/.base ## writes docs/commands.md from --help
+	$(BIN)/python -c 'from pipelines.cli import app; print(app.generate_docs(), end="")' > docs/commands.md
 
 clean: ## removes the environment and the demo's output
 	rm -rf $(VENV) $(DEMO_OUT)

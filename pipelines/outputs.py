@@ -74,8 +74,16 @@ class OutputFolder:
     ) -> None:
         os.close(self._lock)
 
+    @property
+    def work(self) -> Path:
+        """A folder inside for what only an unfinished run needs, such as resume points; `finish` removes it."""
+        path = self.folder / "work"
+        path.mkdir(exist_ok=True)
+        return path
+
     def finish(self) -> None:
         """Renames the folder to its final place."""
+        shutil.rmtree(self.work)
         self.folder.rename(self.out)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,11 @@ import numpy as np
 import torch
 
 import priors
+from pipelines.cluster import ray_cluster
 from pipelines.corpus.holdout import in_holdout
-from pipelines.fit import Batch, FitConfig, Stream
+from pipelines.fit import METRICS_FILE, Batch, FitConfig, Stream
 from pipelines.options import FitFlags, choose_device
-from pipelines.outputs import OutputFolder, require_room, run_record
+from pipelines.outputs import RUN_FILE, OutputFolder, require_room, run_record
 from pipelines.recipes import PRIOR_RECIPES, fit_config, read_tables
 from pipelines.results import Result
 from pipelines.train import Task, run_job
@@ -133,24 +136,29 @@ def train_prior(
         if not place.finished:
             torch.manual_seed(fit.seed)
             prior = priors.Prior(prior_config).eval()
-            report = {}
-            for name in levels:
-                (place.folder / name).mkdir(exist_ok=True)
-                job = PriorJob(store.absolute(), name, prior_config, fit, holdout)
-                trained = run_job(
-                    job, place.folder / name, workers=flags.workers, device=device, title=f"training the prior: {name}"
-                )
-                step = priors.PriorStep(prior, name)
-                step.load_state_dict(trained.tensors)
-                report[name] = trained.evaluation | _baselines(codes, name)
+            jobs = [PriorJob(store.absolute(), name, prior_config, fit, holdout) for name in levels]
+            with ray_cluster(flags.workers) if flags.workers > 1 else nullcontext():  # one Ray for all levels
+                report = {job.level: _train_level(job, prior, place, flags.workers, device) for job in jobs}
             priors.save(prior, place.folder)
             record = run_record(
                 store=str(store), settings=settings, workers=flags.workers, device=device, fingerprint=prior.fingerprint,
                 parameters=prior.num_parameters, evaluation=report, rows=len(codes),
             )  # fmt: skip
-            write_whole(place.folder / "run.json", canonical_json(record))
+            write_whole(place.folder / RUN_FILE, canonical_json(record))
             place.finish()
         return _report(out, already=place.finished)
+
+
+def _train_level(
+    job: PriorJob, prior: priors.Prior, place: OutputFolder, workers: int, device: str
+) -> dict[str, float]:
+    """Trains one level and puts its network into the prior; gives its evaluation with the baselines beside it."""
+    work = place.work / job.level
+    work.mkdir(exist_ok=True)
+    trained = run_job(job, work, workers=workers, device=device, title=f"training the prior: {job.level}")
+    priors.PriorStep(prior, job.level).load_state_dict(trained.tensors)
+    shutil.copyfile(work / METRICS_FILE, place.folder / f"metrics-{job.level}.jsonl")
+    return trained.evaluation | _baselines(open_codes(job.store), job.level)
 
 
 def level_shapes(codes: Codes) -> list[priors.LevelShape]:
@@ -184,10 +192,11 @@ def _baselines(codes: Codes, level: str) -> dict[str, float]:
 
 
 def _report(out: Path, *, already: bool) -> Result:
-    record = json.loads((out / "run.json").read_bytes())
+    record = json.loads((out / RUN_FILE).read_bytes())
     lines = [f"{out}: already trained with these settings; nothing to do."] if already else []
     lines.append(f"prior {record['fingerprint']}: {record['parameters']:,} parameters")
-    for name, found in record["evaluation"].items():
+    for name in record["settings"]["levels"]:
+        found = record["evaluation"][name]
         crude = ", ".join(
             f"{key.removesuffix('_bits_per_code')} {bits:.3f}"
             for key, bits in found.items()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,9 +18,9 @@ from pipelines.corpus.holdout import holdout_batches
 from pipelines.corpus.images import Augmentation, Preprocessing
 from pipelines.corpus.plan import Plan, plan_corpus
 from pipelines.corpus.stream import TrainingStream
-from pipelines.fit import Batch, FitConfig, Stream
+from pipelines.fit import METRICS_FILE, Batch, FitConfig, Stream
 from pipelines.options import FitFlags, choose_device
-from pipelines.outputs import OutputFolder, require_room, run_record
+from pipelines.outputs import RUN_FILE, OutputFolder, require_room, run_record
 from pipelines.pictures import Panel, code_colours, good_scale, save_picture, side_by_side
 from pipelines.recipes import TOKENIZER_RECIPES, fit_config, read_tables
 from pipelines.results import Result
@@ -98,7 +100,7 @@ def train_tokenizer(
     require_room(out, _room(job))
     with OutputFolder(out, settings) as place:
         if not place.finished:
-            trained = run_job(job, place.folder, workers=flags.workers, device=device, title="training the tokenizer")
+            trained = run_job(job, place.work, workers=flags.workers, device=device, title="training the tokenizer")
             step = tokenizer.TokenizerStep(tokenizer.Tokenizer(job.config))
             step.load_state_dict(trained.tensors)
             model = step.tokenizer.eval()
@@ -112,7 +114,8 @@ def train_tokenizer(
                 corpus=corpus, settings=settings, workers=flags.workers, device=device, fingerprint=model.fingerprint,
                 parameters=model.num_parameters, evaluation=trained.evaluation, counts=asdict(_counts(job, len(rows))),
             )  # fmt: skip
-            write_whole(place.folder / "run.json", canonical_json(record))
+            write_whole(place.folder / RUN_FILE, canonical_json(record))
+            (place.work / METRICS_FILE).rename(place.folder / METRICS_FILE)
             place.finish()
         return _report(out, already=place.finished)
 
@@ -122,16 +125,24 @@ def _plan_job(
 ) -> tuple[TokenizerJob, str]:
     tables = read_tables(config, ("tokenizer", "fit"))
     overrides = tables["tokenizer"] | ({"size": size} if size is not None else {})
-    try:
-        model_config = tokenizer.preset_config(preset, **overrides)
-    except CodesError as error:
-        raise UsageError(str(error)) from error
+    model_config = _checked_config(preset, overrides)
     if not 0 < holdout < 1:
         raise UsageError(f"--holdout must lie between 0 and 1, got {holdout}.")
     fit = fit_config(TOKENIZER_RECIPES[preset], tables["fit"], flags.fit())
     fit.rank_batch(flags.workers)
+    if "start_step" not in overrides:  # a short run must not end before its codebooks have begun
+        model_config = _checked_config(
+            preset, overrides | {"start_step": max(1, min(model_config.start_step, fit.steps // 8))}
+        )
     device = choose_device(flags.device)
     return TokenizerJob(plan_corpus(corpus), model_config, fit, Augmentation(), holdout), device
+
+
+def _checked_config(preset: str, overrides: dict[str, Any]) -> tokenizer.TokenizerConfig:
+    try:
+        return tokenizer.preset_config(preset, **overrides)
+    except CodesError as error:
+        raise UsageError(str(error)) from error
 
 
 def _room(job: TokenizerJob) -> int:
@@ -164,9 +175,7 @@ def _codes_title(level: str) -> str:
 
 def _report(out: Path, *, already: bool) -> Result:
     """What the run's own record says, so that a repeated command says the same."""
-    import json
-
-    record = json.loads((out / "run.json").read_bytes())
+    record = json.loads((out / RUN_FILE).read_bytes())
     evaluation = record["evaluation"]
     counts = Counts(**record["counts"])
     lines = [f"{out}: already trained with these settings; nothing to do."] if already else []
@@ -174,7 +183,7 @@ def _report(out: Path, *, already: bool) -> Result:
         f"tokenizer {record['fingerprint']}: {record['parameters']:,} parameters; held out: normalised MSE {evaluation['nmse']:.4f}, "
         f"PSNR {evaluation['psnr']:.2f} dB"
     )
-    for name in [name.removesuffix("/used_codes") for name in evaluation if name.endswith("/used_codes")]:
+    for name in tokenizer.TokenizerConfig.from_dict(record["settings"]["tokenizer"]).level_names:
         used, size = int(evaluation[f"{name}/used_codes"]), int(evaluation[f"{name}/codebook_size"])
         lines.append(
             f"level {name}: {used} of {size} codes used ({used / size:.0%}), dataset perplexity {evaluation[f'{name}/perplexity']:.1f} "

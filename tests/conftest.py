@@ -17,6 +17,7 @@ from pipelines.corpus.images import Preprocessing
 from pipelines.corpus.plan import plan_corpus
 from pipelines.corpus.samples import read_samples
 from pipelines.scenes import write_corpus
+from pipelines.tokenize import TokenizeOptions, tokenize_corpus
 
 DATA_ENVIRONMENT = "VQMILL_DATA"
 
@@ -72,3 +73,12 @@ def ray_session() -> Iterator[None]:
     """One Ray with two CPUs for all tests that need it in this process."""
     with ray_cluster(2):
         yield
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory, scenes: str, tokenizer_folder: Path, ray_session: None) -> Path:
+    """The codes of `scenes` as one quiet worker makes them: 300 rows in Zarr shards of 20."""
+    out = tmp_path_factory.mktemp("reference") / "codes.zarr"
+    options = TokenizeOptions(size=16, rows_per_shard=20)
+    tokenize_corpus(plan_corpus(scenes), tokenizer.load(tokenizer_folder), out, options, lambda done, total, note: None)
+    return out

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vqmill.errors import CodesError
+from vqmill.errors import CodesError, UsageError
 from vqmill.files import JsonValue, canonical_json, write_whole
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         CodesError: the file is missing, cut short, not safetensors, or not written by vqmill.
     """
     if not path.is_file():
-        raise CodesError(
+        raise UsageError(
             f"{path}: no such checkpoint file. Name the folder or file that a train command wrote with --out."
         )
     return parse_checkpoint(path.read_bytes(), str(path))

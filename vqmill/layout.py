@@ -13,7 +13,7 @@ from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import MemoryStore
 
-from vqmill.errors import CodesError
+from vqmill.errors import CodesError, UsageError
 from vqmill.files import JsonValue, canonical_json, sealed
 from vqmill.spec import LABEL_FILL, MISSING_LABEL, LevelSpec, StoreSpec
 
@@ -171,11 +171,11 @@ def read_spec(store: Path) -> StoreSpec:
     """
     path = store / "zarr.json"
     if not store.exists():
-        raise CodesError(
+        raise UsageError(
             f"{store}: no such code store. Make one with: vqmill tokenize CORPUS --tokenizer DIR --out {store}"
         )
     if not path.is_file():
-        raise CodesError(
+        raise UsageError(
             f"{store}: not a code store (it has no zarr.json). Expected a folder that `vqmill tokenize` wrote."
         )
     if path.stat().st_size > MAX_METADATA_BYTES:

@@ -27,7 +27,7 @@ from pipelines.tokenize import TokenizeOptions, TokenizeResult, tokenize_corpus
 from vqmill.errors import UsageError
 from vqmill.verify import verify_store
 
-OPTIONS = TokenizeOptions(size=16, rows_per_shard=20)
+OPTIONS = TokenizeOptions(size=16, rows_per_shard=20)  # as the `reference` of conftest.py is made
 
 
 def quiet(done: int, total: int, note: str) -> None:
@@ -48,15 +48,6 @@ def tree(store: Path) -> dict[str, bytes]:
     return {
         path.relative_to(store).as_posix(): path.read_bytes() for path in sorted(store.rglob("*")) if path.is_file()
     }
-
-
-@pytest.fixture(scope="session")
-def reference(tmp_path_factory: pytest.TempPathFactory, scenes: str, tokenizer_folder: Path, ray_session: None) -> Path:
-    """What one quiet worker makes."""
-    out = tmp_path_factory.mktemp("reference") / "codes.zarr"
-    result = make(scenes, tokenizer_folder, out)
-    assert (result.rows, result.counts.seen, result.counts.encoded) == (300, 300, 300)
-    return out
 
 
 def test_the_store_holds_what_the_tokenizer_gives(reference: Path, tokenizer_folder: Path, scenes: str) -> None:

@@ -1,0 +1,336 @@
+"""The command line, run as a user runs it: the whole chain, clear errors before any work, exit codes and JSON."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import pipelines.fit
+import tokenizer
+import vqmill
+from pipelines.cli import app
+from vqmill.verify import verify_store
+
+COMMANDS = ("train-tokenizer", "tokenize", "inspect", "verify", "decode", "train-prior", "sample", "demo", "doctor")
+TINY = """[tokenizer]
+size = 16
+codebook_size = 32
+code_dim = 8
+hidden_dim = 16
+residual_dim = 8
+num_residual_blocks = 1
+"""
+
+
+def run(*words: str | Path) -> int:
+    """The exit code of `vqmill WORDS`."""
+    try:
+        return app([str(word) for word in words])
+    except SystemExit as end:
+        return int(end.code or 0)
+
+
+def last_json(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def train(scenes: str, out: Path, *more: str | Path, steps: int = 12) -> int:
+    config = out.parent / f"{out.name}.toml"
+    config.write_text(TINY)
+    return run(
+        "train-tokenizer", scenes, "--out", out, "--config", config, "--steps", str(steps), "--batch-size", "16", *more
+    )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches_every_command(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(command, "--help") == 0
+    text = capsys.readouterr().out
+    assert "--json" in text
+    flags = re.findall(r"--[a-z-]+", text)
+    for line in text.splitlines():
+        if match := re.match(r"│ +\*? +(?:[A-Z]+ )?--[a-z-]+ *(?:[A-Z]+)? *│$", line):
+            pytest.fail(f"{command}: no help for {match.group()}")
+    assert flags
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_the_whole_chain(scenes: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tok, codes, prior = tmp_path / "tok", tmp_path / "codes.zarr", tmp_path / "prior"
+
+    assert train(scenes, tok, "--json") == 0
+    report = last_json(capsys)
+    assert {
+        "seen",
+        "encoded",
+        "quarantined",
+        "skipped",
+        "rows",
+        "seconds",
+        "nmse",
+        "psnr",
+        "top/used_codes",
+    } <= report.keys()
+    assert sorted(path.name for path in tok.iterdir()) == [
+        "metrics.jsonl", "quarantine.parquet", "reconstructions.png", "run.json", "settings.json", "tokenizer.safetensors",
+    ]  # fmt: skip
+    record = json.loads((tok / "run.json").read_bytes())
+    assert record["settings"]["fit"]["steps"] == 12
+    assert record["fingerprint"] == tokenizer.load(tok).fingerprint
+
+    assert (
+        run("tokenize", scenes, "--tokenizer", tok, "--out", codes, "--workers", "1", "--shard-rows", "64", "--dry-run")
+        == 0
+    )
+    assert not codes.exists()
+    capsys.readouterr()
+    assert (
+        run("tokenize", scenes, "--tokenizer", tok, "--out", codes, "--workers", "1", "--shard-rows", "64", "--json")
+        == 0
+    )
+    report = last_json(capsys)
+    assert (report["seen"], report["encoded"], report["rows"], report["quarantined"]) == (300, 300, 300, 0)
+
+    assert run("inspect", codes, "--json") == 0
+    assert last_json(capsys)["kind"] == "store"
+    assert run("inspect", tok, "--json") == 0
+    assert last_json(capsys)["kind"] == "tokenizer"
+    assert run("inspect", scenes, "--json") == 0
+    assert (report := last_json(capsys))["kind"] == "corpus"
+    assert (report["seen"], report["classes"]) == (300, 4)
+    assert run("verify", codes, "--json") == 0
+    assert last_json(capsys)["problems"] == []
+
+    grid = tmp_path / "grid.png"
+    assert run("decode", codes, "--out", grid, "--rows", "60:70", "--originals", scenes) == 0
+    with Image.open(grid) as picture:
+        assert picture.width > 4 * 64
+    assert run("decode", codes, "--out", grid, "--rows", "0:4", "--originals", scenes) == 2, "another picture is there"
+
+    command = ("train-prior", codes, "--out", prior, "--preset", "pixelcnn-tiny", "--steps", "5", "--json")
+    assert run(*command) == 0
+    report = last_json(capsys)
+    assert set(report["evaluation"]) == {"top", "bottom"}
+    assert {"bits_per_code", "uniform_bits_per_code", "unigram_bits_per_code"} <= report["evaluation"]["top"].keys()
+    assert run(*command) == 0
+    assert last_json(capsys)["fingerprint"] == report["fingerprint"]
+    assert run("inspect", prior, "--json") == 0
+    assert last_json(capsys)["kind"] == "prior"
+
+    drawn = tmp_path / "drawn.zarr"
+    sampled = (
+        "sample",
+        prior,
+        "--tokenizer",
+        tok,
+        "--num",
+        "6",
+        "--label",
+        "each",
+        "--out",
+        tmp_path / "s.png",
+        "--codes",
+        drawn,
+        "--json",
+    )
+    assert run(*sampled) == 0
+    assert last_json(capsys)["rows"] == 6
+    assert vqmill.open_codes(drawn).labels.tolist() == [0, 1, 2, 3, 0, 1]
+    assert verify_store(drawn).problems == ()
+    assert run("sample", prior, "--tokenizer", tok, "--num", "2", "--seed", "9", "--out", tmp_path / "t.png") == 0
+    assert run(*sampled) == 0, "the same again is no error"
+
+
+def test_a_stopped_training_ends_as_an_uninterrupted_one(
+    scenes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert train(scenes, tmp_path / "whole", steps=20) == 0
+    settings = tmp_path / "stopped.toml"
+    real = pipelines.fit._State.save
+
+    def save_and_stop(state: Any) -> None:
+        real(state)
+        if state.done == 20:
+            return
+        raise KeyboardInterrupt
+
+    validate = pipelines.fit._State.validate
+    monkeypatch.setattr(pipelines.fit._State, "save", save_and_stop)
+
+    def train_stopped() -> int:
+        settings.write_text(TINY + "[fit]\nsave_every = 8\n")
+        return run(
+            "train-tokenizer",
+            scenes,
+            "--out",
+            tmp_path / "stopped",
+            "--config",
+            settings,
+            "--steps",
+            "20",
+            "--batch-size",
+            "16",
+        )
+
+    assert train_stopped() == 1
+    assert not (tmp_path / "stopped").exists()
+    assert train_stopped() == 1
+    assert train_stopped() == 0
+    assert validate is pipelines.fit._State.validate
+    found = [tokenizer.load(tmp_path / name).fingerprint for name in ("whole", "stopped")]
+    assert found[0] == found[1]
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_two_workers_train_on_ray(scenes: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(scenes, tmp_path / "tok", "--workers", "2", "--json") == 0
+    both = last_json(capsys)
+    assert train(scenes, tmp_path / "alone", "--json") == 0
+    alone = last_json(capsys)
+    assert both["nmse"] == pytest.approx(alone["nmse"], rel=0.2), "two workers see the same batches as one"
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_bad_samples_end_with_exit_code_3(
+    scenes: str, tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for index in range(6):
+        Image.fromarray(np.full((20, 20, 3), 40 * index, np.uint8)).save(folder / f"{index}.png")
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 cut")
+    (folder / "notes.txt").write_text("not an image")
+    assert (
+        run(
+            "tokenize",
+            folder,
+            "--tokenizer",
+            tokenizer_folder,
+            "--out",
+            tmp_path / "c.zarr",
+            "--workers",
+            "1",
+            "--json",
+        )
+        == 3
+    )
+    report = last_json(capsys)
+    assert (report["seen"], report["encoded"], report["quarantined"], report["skipped"]) == (8, 6, 1, 1)
+    assert (
+        run(
+            "tokenize",
+            folder,
+            "--tokenizer",
+            tokenizer_folder,
+            "--out",
+            tmp_path / "c.zarr",
+            "--workers",
+            "1",
+            "--json",
+        )
+        == 3
+    )
+    assert last_json(capsys)["resumed_rows"] == 6
+    assert run("inspect", folder) == 3
+    assert run("verify", tmp_path / "c.zarr") == 3
+    config = tmp_path / "tiny.toml"
+    config.write_text(TINY)
+    arguments = (
+        "--out",
+        tmp_path / "tok",
+        "--config",
+        config,
+        "--steps",
+        "4",
+        "--batch-size",
+        "2",
+        "--holdout",
+        "0.3",
+        "--json",
+    )
+    assert run("train-tokenizer", folder, *arguments) == 3
+    assert last_json(capsys)["quarantined"] == 1
+
+
+def test_verify_names_damage_with_exit_code_1(
+    reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = tmp_path / "codes.zarr"
+    shutil.copytree(reference, damaged)
+    path = damaged / "bottom/c/3/0/0"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert run("verify", damaged, "--json") == 1
+    problems = last_json(capsys)["problems"]
+    assert len(problems) == 1
+    assert "bottom/c/3/0/0" in problems[0]
+    assert "rows 60..79" in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("train-tokenizer", "NOWHERE", "--out", "OUT"), "no such file or folder"),
+        (("train-tokenizer", "SCENES", "--out", "OUT", "--preset", "rgb23"), "Did you mean 'rgb32'"),
+        (("train-tokenizer", "SCENES", "--out", "OUT", "--step", "3"), "Did you mean --steps"),
+        (("train-tokenizer", "SCENES", "--out", "OUT", "--steps", "0"), "at least 1"),
+        (("train-tokenizer", "SCENES", "--out", "OUT", "--size", "33"), "multiple of 8"),
+        (("train-tokenizer", "SCENES", "--out", "OUT", "--holdout", "1"), "between 0 and 1"),
+        (("train-tokenizer", "SCENES", "--out", "OUT", "--batch-size", "7", "--workers", "2"), "multiple of 2"),
+        (("train-tokenizer", "SCENES", "--out", "OUT", "--config", "NOWHERE"), "cannot be read"),
+        (("train-tokenizer", "SCENES"), "--out"),
+        (("tokenise", "SCENES"), 'Did you mean "tokenize"'),
+        (("tokenize", "NOWHERE", "--tokenizer", "TOKENIZER", "--out", "OUT"), "no such file or folder"),
+        (("tokenize", "SCENES", "--tokenizer", "NOWHERE", "--out", "OUT"), "no such checkpoint"),
+        (("tokenize", "SCENES", "--tokenizer", "TOKENIZER", "--out", "OUT", "--workers", "0"), "at least 1"),
+        (("tokenize", "SCENES", "--tokenizer", "TOKENIZER", "--out", "OUT", "--size", "20"), "multiple of 8"),
+        (("tokenize", "torchvision:CIFAR10?root=.", "--tokenizer", "TOKENIZER", "--out", "OUT"), "CIFAR10"),
+        (("decode", "NOWHERE", "--out", "OUT.png"), "no such code store"),
+        (("train-prior", "NOWHERE", "--out", "OUT"), "no such code store"),
+        (("sample", "NOWHERE", "--tokenizer", "TOKENIZER", "--out", "OUT.png"), "no such checkpoint"),
+        (("inspect", "NOWHERE"), "no such file or folder"),
+        (("verify", "NOWHERE"), "no such code store"),
+    ],
+)
+def test_what_cannot_be_is_said_before_any_work(
+    words: tuple[str, ...],
+    message: str,
+    scenes: str,
+    tokenizer_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    places = {
+        "SCENES": scenes,
+        "TOKENIZER": str(tokenizer_folder),
+        "NOWHERE": str(tmp_path / "nowhere"),
+        "OUT": str(tmp_path / "out"),
+        "OUT.png": str(tmp_path / "out.png"),
+    }
+    assert run(*(places.get(word, word) for word in words)) == 2
+    assert message in re.sub(r"\s*│?\n│?\s*", " ", capsys.readouterr().err)
+    assert not [path for path in tmp_path.iterdir() if not path.name.endswith(".lock")]
+
+
+def test_an_output_with_other_settings_is_refused(
+    scenes: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(scenes, tmp_path / "tok", steps=3) == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "tok").iterdir()}
+    assert train(scenes, tmp_path / "tok", steps=4) == 2
+    assert "fit.steps: there 3, now 4" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (tmp_path / "tok").iterdir()} == before
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("doctor", "--json") == 0
+    report = last_json(capsys)
+    assert report["versions"]["torch"]
+    assert report["devices"]

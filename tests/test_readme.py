@@ -1,0 +1,56 @@
+"""README and docs say what is true: snippets run, commands parse, the reference is what --help says."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from pipelines.cli import app
+from pipelines.pictures import check_picture
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+
+
+def test_python_snippets_run(
+    reference: Path, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "codes.zarr").symlink_to(reference)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "tok").symlink_to(tokenizer_folder)
+    monkeypatch.chdir(tmp_path)
+    snippets = [snippet for page in PAGES for snippet in blocks(page, "python")]
+    assert snippets
+    for snippet in snippets:
+        exec(compile(snippet, "README.md", "exec"), {})
+
+
+def test_commands_parse() -> None:
+    lines = [line for page in PAGES for block in blocks(page, "sh") for line in block.replace("\\\n", " ").splitlines()]
+    commands = [shlex.split(line, comments=True) for line in lines if line.startswith("vqmill ")]
+    assert len(commands) > 5
+    for command in commands:
+        app.parse_args(command[1:], exit_on_error=False, print_error=True)
+
+
+def test_the_command_reference_is_what_help_says() -> None:
+    assert (ROOT / "docs" / "commands.md").read_text() == app.generate_docs(), "run: make docs"
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_pictures_are_pngs() -> None:
+    for picture in (ROOT / "docs").rglob("*.png"):
+        with pytest.raises(Exception, match="settings"):
+            check_picture(picture, {"not": "its settings"})
