@@ -152,7 +152,7 @@ def main() -> None:
     keep_freed_memory()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_corpus(folder / "scenes", images=IMAGES, shards=2, side=32)
+        write_corpus(folder / "scenes", num_images=IMAGES, num_shards=2, side=32)
         results = [search(), quantizer(), tar_reading(folder / "scenes"), encoding(folder / "scenes"), loading(folder)]
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     for title, ours, other in results:

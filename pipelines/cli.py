@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import App, Parameter
-from rich.console import Console
 
 import vqmill
 from pipelines.errors import RunFailed
 from pipelines.memory import keep_freed_memory
 from pipelines.options import Common, Device, FitFlags, Precision
-from pipelines.results import FAILED, USAGE, Result
+from pipelines.results import FAILED, USAGE, Result, plain_console, printable
 from vqmill.errors import CodesError, UsageError
 
 app = App(
@@ -144,7 +143,7 @@ def decode(
 
 @app.command
 def train_prior(
-    store: Path, /, *, out: Path, preset: str = "pixelcnn", config: Path | None = None, level: str = "all", holdout: float = 0.05,
+    store: Path, /, *, out: Path, preset: str = "pixelcnn", config: Path | None = None, holdout: float = 0.05,
     flags: FitFlags = FitFlags(), common: Common = Common(),
 ) -> int:  # fmt: skip
     """Train a gated PixelCNN on a code store: label -> top -> bottom, each level by itself.
@@ -156,14 +155,11 @@ def train_prior(
         out: the folder to make.
         preset: pixelcnn-tiny, pixelcnn or pixelcnn-large.
         config: a TOML file with tables [prior] and [fit] over the preset.
-        level: all, or the name of one level to train (the others stay untrained).
         holdout: share of the samples kept out of training and used to evaluate, chosen by their keys.
     """
     from pipelines.train_prior import train_prior as job
 
-    return _run(
-        common, lambda: job(store, out, preset=preset, config=config, level=level, holdout=holdout, flags=flags)
-    )
+    return _run(common, lambda: job(store, out, preset=preset, config=config, holdout=holdout, flags=flags))
 
 
 @app.command
@@ -183,7 +179,7 @@ def sample(
         temperature: below 1 is likelier and less varied.
         codes: also write the codes as a store.
         columns: images in a row.
-        batch_size: images drawn at once; does not change them.
+        batch_size: images drawn at once; changes them no more than the device rounds differently.
         device: auto takes the GPU if there is one.
     """
     from pipelines.sample import sample as job
@@ -199,7 +195,7 @@ def demo(*, out: Path = Path("demo"), workers: int = 2, common: Common = Common(
     """Run the whole chain on generated images, in under two minutes.
 
     Args:
-        out: the folder to make; a finished one is made again.
+        out: the folder to make; an unfinished demo goes on.
         workers: encoder processes.
     """
     from pipelines.demo import demo as job
@@ -229,14 +225,14 @@ def _stop(number: int, frame: object) -> None:
 def _run(common: Common, job: Callable[[], Result]) -> int:
     """Runs a command's job: errors become messages, and everything becomes an exit code."""
     start = time.monotonic()
-    errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    errors = plain_console(stderr=True)
     try:
         return job().finish(as_json=common.json, seconds=time.monotonic() - start)
     except UsageError as error:
-        errors.print(f"error: {error}")
+        errors.print(printable(f"error: {error}"))
         return USAGE
     except (CodesError, RunFailed, OSError) as error:
-        errors.print(f"error: {error}")
+        errors.print(printable(f"error: {error}"))
         errors.print(f"To try again: {_command()}")
         return FAILED
     except KeyboardInterrupt:

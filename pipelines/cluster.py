@@ -1,4 +1,4 @@
-"""Starts a quiet local Ray, or joins the one that is there.
+"""Starts a quiet Ray on this machine.
 
 Ray reads its security settings when it is first imported, so nothing in this project imports it at the top of a module that the
 command line loads: `start_ray` sets the environment, then imports it.
@@ -25,11 +25,15 @@ WORKER_ENVIRONMENT = {
 
 
 @contextmanager
-def ray_cluster(workers: int) -> Iterator[None]:
-    """A running Ray with room for so many workers; one that we started is stopped at the end.
+def ray_cluster(workers: int, device: str = "cpu") -> Iterator[None]:
+    """A running Ray with room for so many workers, one device each; stopped at the end, unless this process had one already.
+
+    Args:
+        workers: how many.
+        device: `cpu` or `cuda`.
 
     Raises:
-        UsageError: the Ray that is already running has too few CPUs.
+        UsageError: there are fewer CPU slots or GPUs than workers.
     """
     ours = "ray" not in sys.modules or not sys.modules["ray"].is_initialized()
     if ours:
@@ -37,11 +41,10 @@ def ray_cluster(workers: int) -> Iterator[None]:
     import ray
 
     try:
-        cpus = int(ray.cluster_resources().get("CPU", 0))
-        if cpus < workers:
-            raise UsageError(
-                f"--workers {workers}: the running Ray has only {cpus} CPUs. Ask for fewer workers, or add nodes."
-            )
+        kind = "GPU" if device.startswith("cuda") else "CPU"
+        slots = int(ray.cluster_resources().get(kind, 0))
+        if slots < workers:
+            raise UsageError(f"--workers {workers}: there is room for {slots}, one {kind} each. Ask for fewer workers.")
         yield
     finally:
         if ours:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -30,6 +31,10 @@ class Context(Protocol):
         """Each tensor [P, D] concatenated over ranks, in their order."""
         ...
 
+    def collect(self, value: Any) -> list[Any]:
+        """Every rank's JSON-able value, in their order."""
+        ...
+
     def report(self, metrics: Mapping[str, float]) -> None:
         """Called by all ranks equally often."""
         ...
@@ -54,6 +59,10 @@ class LocalContext:
     def gather(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The values themselves."""
         return dict(values)
+
+    def collect(self, value: Any) -> list[Any]:
+        """The one value."""
+        return [value]
 
     def report(self, metrics: Mapping[str, float]) -> None:
         """Nobody listens."""
@@ -91,6 +100,14 @@ class RankContext:
             dist.all_gather(parts, value.contiguous())
             gathered[name] = torch.cat(parts)
         return gathered
+
+    def collect(self, value: Any) -> list[Any]:
+        """Sent as JSON text, padded to one length, through the same all-gather as tensors."""
+        text = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=self.device)
+        lengths = self.gather({"length": torch.tensor([len(text)], device=self.device)})["length"]
+        padded = nn.functional.pad(text, (0, int(lengths.max()) - len(text)))
+        texts = self.gather({"text": padded[None]})["text"].cpu()
+        return [json.loads(bytes(row[:length].tolist())) for row, length in zip(texts, lengths.tolist(), strict=True)]
 
     def report(self, metrics: Mapping[str, float]) -> None:
         """Tells Ray Train."""

@@ -14,7 +14,16 @@ from pipelines.corpus.images import Preprocessing
 from pipelines.corpus.plan import Plan, plan_corpus
 from pipelines.corpus.samples import read_samples
 from pipelines.options import choose_device
-from pipelines.pictures import Panel, Pixels, check_picture, code_colours, good_scale, save_picture, side_by_side
+from pipelines.pictures import (
+    Panel,
+    Pixels,
+    check_columns,
+    check_picture,
+    code_panels,
+    good_scale,
+    save_picture,
+    side_by_side,
+)
 from pipelines.results import Result
 from pipelines.tokenize_command import recorded_tokenizer
 from vqmill import Codes, open_codes
@@ -40,6 +49,7 @@ def decode(
         "columns": columns,
     }
     check_picture(out, settings)
+    check_columns(columns)
     plan = _plan_of(codes, originals) if originals else None
     wanted = {name: codes[name][first:stop] for name in codes.levels}
     images = decode_rows(model, wanted)
@@ -49,10 +59,7 @@ def decode(
         panels.insert(
             0, Panel("original", original_images(plan, codes, range(first, stop), side, model.config.channels))
         )
-    panels += [
-        Panel("codes" if name == "codes" else f"codes: {name}", code_colours(values, side))
-        for name, values in wanted.items()
-    ]
+    panels += code_panels(wanted, side)
     picture = side_by_side(panels, columns or max(1, round((stop - first) ** 0.5)), good_scale(side))
     save_picture(out, picture, settings)
     return Result(

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
 
 import priors
 import tokenizer
@@ -17,20 +15,22 @@ from pipelines.cluster import ray_cluster
 from pipelines.corpus.plan import plan_corpus
 from pipelines.decode import decode_rows, original_images
 from pipelines.options import FitFlags
+from pipelines.outputs import require_room
 from pipelines.pictures import Panel, code_colours, save_picture, side_by_side
-from pipelines.results import Result
+from pipelines.results import Result, plain_console
 from pipelines.scenes import CLASSES, write_corpus
 from pipelines.tokenize_command import tokenize
 from pipelines.train_prior import train_prior
 from pipelines.train_tokenizer import train_tokenizer
 from vqmill import open_codes
 from vqmill.errors import UsageError
-from vqmill.files import PARTIAL_SUFFIX, write_whole
+from vqmill.files import write_whole
 
-IMAGES, SHARDS, SIDE = 2400, 4, 32
+IMAGES, SHARDS, SIDE = 2000, 4, 32
 SHARD_ROWS = 512
 SHOWN = 16
 MARKER = "demo.txt"
+ROOM_BYTES = 100_000_000
 # Smaller than the preset, and short: a demo is over before people look away.
 CONFIG = """[tokenizer]
 hidden_dim = 64
@@ -39,8 +39,8 @@ start_step = 50
 [fit]
 warmup_steps = 50
 """
-TOKENIZER_FLAGS = FitFlags(steps=500, batch_size=64, learning_rate=2e-3)
-PRIOR_FLAGS = FitFlags(steps=400)
+TOKENIZER_FLAGS = FitFlags(steps=500, batch_size=64, learning_rate=2e-3, device="cpu")
+PRIOR_FLAGS = FitFlags(steps=300, device="cpu")
 
 
 def demo(out: Path, *, workers: int) -> Result:
@@ -49,19 +49,15 @@ def demo(out: Path, *, workers: int) -> Result:
         raise UsageError(f"--workers must be at least 1, got {workers}.")
     if out.exists() and not (out / MARKER).is_file():
         raise UsageError(f"{out}: exists and is not an earlier demo. Choose another --out, or remove it.")
-    say = Console(stderr=True, highlight=False, markup=False).print
+    require_room(out, ROOM_BYTES)
     start = time.monotonic()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=PARTIAL_SUFFIX, dir=out.parent))
-    try:
-        result = _chain(work, workers, lambda text: say(f"[{time.monotonic() - start:5.1f} s] {text}"))
-        write_whole(work / MARKER, b"Made by `vqmill demo`, which replaces this folder.\n")
-        if out.exists():
-            shutil.rmtree(out)
-        work.rename(out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    result.lines = [line.replace(str(work), str(out)) for line in result.lines]
+    console = plain_console(stderr=True)
+
+    def say(text: str) -> None:
+        console.print(f"[{time.monotonic() - start:5.1f} s] {text}")
+
+    write_whole(out / MARKER, b"Made by `vqmill demo`.\n")
+    result = _chain(out, workers, say)
     result.lines += [f"made {out / name}" for name in ("scenes/", "tokenizer/", "codes.zarr/", "prior/", "demo.png")]
     result.lines.append(
         f"look at {out / 'demo.png'}: original | reconstruction | codes | samples ({time.monotonic() - start:.0f} s)"
@@ -70,10 +66,10 @@ def demo(out: Path, *, workers: int) -> Result:
     return result
 
 
-def _chain(work: Path, workers: int, say) -> Result:  # noqa: ANN001 - a printing function
+def _chain(work: Path, workers: int, say: Callable[[str], None]) -> Result:
     corpus = str(work / f"scenes/scenes-{{000000..{SHARDS - 1:06d}}}.tar")
     say(f"drawing {IMAGES:,} small landscapes of {len(CLASSES)} kinds into {SHARDS} tar shards")
-    write_corpus(work / "scenes", images=IMAGES, shards=SHARDS, side=SIDE)
+    write_corpus(work / "scenes", num_images=IMAGES, num_shards=SHARDS, side=SIDE)
     config = work / "tokenizer.toml"
     config.write_text(CONFIG)
     say(f"training a VQ-VAE-2 ({TOKENIZER_FLAGS.steps} steps)")
@@ -84,7 +80,7 @@ def _chain(work: Path, workers: int, say) -> Result:  # noqa: ANN001 - a printin
         say(f"tokenizing on Ray with {workers} encoder actors")
         made = tokenize(
             corpus, work / "tokenizer", work / "codes.zarr", size=None, workers=workers, batch_size=32, shard_rows=SHARD_ROWS,
-            precision="fp32", device="auto", dry_run=False,
+            precision="fp32", device="cpu", dry_run=False,
         )  # fmt: skip
     say(f"training a PixelCNN on the codes ({PRIOR_FLAGS.steps} steps a level)")
     learned = train_prior(
@@ -92,7 +88,6 @@ def _chain(work: Path, workers: int, say) -> Result:  # noqa: ANN001 - a printin
         work / "prior",
         preset="pixelcnn-tiny",
         config=None,
-        level="all",
         holdout=0.05,
         flags=PRIOR_FLAGS,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -17,7 +17,8 @@ from pipelines.corpus.decoding import decode_sample
 from pipelines.corpus.images import Decoded, Preprocessing
 from pipelines.corpus.plan import InputShard
 from pipelines.corpus.problems import BadImage
-from pipelines.corpus.samples import RawSample, read_samples
+from pipelines.corpus.samples import RawSample, SampleRef, list_samples, load_sample
+from vqmill.spec import dtype_for
 from vqmill.tables import QUARANTINE_SCHEMA, SAMPLES_SCHEMA
 from vqmill.writer import Counts
 
@@ -64,7 +65,7 @@ class SpanEncoder:
     """Decodes and encodes on one device. Codes are a function of the input shard, the tokenizer, and `describe_device`."""
 
     def __init__(
-        self, checkpoint: bytes, preprocessing: Preprocessing, encoding: Encoding, device: str, threads: int = 2
+        self, checkpoint: bytes, preprocessing: Preprocessing, encoding: Encoding, device: str, num_threads: int = 2
     ) -> None:
         """Loads the tokenizer.
 
@@ -73,43 +74,40 @@ class SpanEncoder:
             preprocessing: size, channels and crop.
             encoding: batch size and precision.
             device: `cpu`, `cuda` or another torch device.
-            threads: decode threads beside the encoder.
+            num_threads: decode threads beside the encoder.
         """
         torch.set_num_threads(1)  # one actor a core; more threads would also change the order of additions
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         self._device = torch.device(device)
         self._tokenizer = tokenizer.loads(checkpoint).to(self._device).eval()
         self._preprocessing, self._encoding = preprocessing, encoding
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        self._dtype = dtype_for(self._tokenizer.config.codebook_size)  # int64 would weigh four to eight times as much
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
 
     def spans(self, shard: InputShard, first_span: int = 0) -> Iterator[Span]:
         """Encodes an input shard from a span on. The next span is decoded while this one is encoded."""
-        samples = iter(read_samples(shard, start=first_span * SPAN_SAMPLES))
-        upcoming = self._decode_next(samples)
+        refs = list_samples(shard, start=first_span * SPAN_SAMPLES)
+        upcoming = self._decode_next(shard, refs)
         index = first_span
         while upcoming:
-            span, upcoming = upcoming, self._decode_next(samples)
+            span, upcoming = upcoming, self._decode_next(shard, refs)
             yield self._encode(index, shard, span)
             index += 1
 
-    def _decode_next(self, samples: Iterator[RawSample]) -> list[tuple[RawSample, Future[Decoded]]]:
-        return [
-            (sample, self._threads.submit(decode_sample, sample, self._preprocessing))
-            for sample in islice(samples, SPAN_SAMPLES)
-        ]
+    def _decode_next(self, shard: InputShard, refs: Iterator[SampleRef]) -> list[Future[_Outcome]]:
+        return [self._threads.submit(_load, shard, ref, self._preprocessing) for ref in islice(refs, SPAN_SAMPLES)]
 
-    def _encode(self, index: int, shard: InputShard, span: Sequence[tuple[RawSample, Future[Decoded]]]) -> Span:
+    def _encode(self, index: int, shard: InputShard, span: Sequence[Future[_Outcome]]) -> Span:
         pixels, rows, quarantined = [], [], []
-        for sample, future in span:
+        for future in span:
+            sample, outcome = future.result()
             place = {"key": sample.key, "source": sample.source, "input_shard": shard.index, "index": sample.index}
-            try:
-                decoded = future.result()
-            except BadImage as problem:
-                quarantined.append({**place, "reason": str(problem.reason), "detail": problem.detail})
+            if isinstance(outcome, BadImage):
+                quarantined.append({**place, "reason": str(outcome.reason), "detail": outcome.detail})
                 continue
-            pixels.append(decoded.pixels)
+            pixels.append(outcome.pixels)
             facts = {"label": sample.label, "caption": sample.caption, "json": sample.json}
-            rows.append({**place, **facts, "width": decoded.width, "height": decoded.height})
+            rows.append({**place, **facts, "width": outcome.width, "height": outcome.height})
         return Span(
             index,
             self._encode_pixels(pixels),
@@ -127,5 +125,20 @@ class SpanEncoder:
             batch[: len(images)] = images
             with torch.autocast(self._device.type, torch.bfloat16, enabled=self._encoding.precision == "bf16"):
                 codes = self._tokenizer.encode(torch.from_numpy(batch).to(self._device, non_blocking=True))
-            parts.append({level: values[: len(images)].cpu().numpy() for level, values in codes.items()})
+            parts.append(
+                {level: values[: len(images)].cpu().numpy().astype(self._dtype) for level, values in codes.items()}
+            )
         return {level: np.concatenate([part[level] for part in parts]) for level in parts[0]} if parts else {}
+
+
+_Outcome = tuple[RawSample, Decoded | BadImage]
+
+
+def _load(shard: InputShard, ref: SampleRef, preprocessing: Preprocessing) -> _Outcome:
+    """Reads and decodes one sample; its file's bytes are let go before the pixels wait for their turn."""
+    sample = load_sample(shard, ref)
+    try:
+        outcome: Decoded | BadImage = decode_sample(sample, preprocessing)
+    except BadImage as problem:
+        outcome = problem
+    return replace(sample, image=None), outcome

@@ -41,7 +41,7 @@ class Stream(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """The place; the same on every rank."""
+        """The place, JSON-able; one rank's will do for all when their number has changed."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -87,8 +87,14 @@ class FitConfig:
         for name in ("steps", "batch_size", "accumulate", "validate_every", "save_every"):
             if getattr(self, name) < 1:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.")
-        if self.learning_rate <= 0:
-            raise UsageError(f"--learning-rate must be positive, got {self.learning_rate}.")
+        for name in ("learning_rate", "clip_norm"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise UsageError(f"--{name.replace('_', '-')} must be a positive number, got {value}.")
+        for name in ("warmup_steps", "weight_decay", "seed"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise UsageError(f"--{name.replace('_', '-')} must not be negative, got {value}.")
         if not 0 <= self.weight_ema < 1:
             raise UsageError(f"weight_ema must be in [0, 1), got {self.weight_ema}.")
         if self.precision not in ("fp32", "bf16"):
@@ -100,6 +106,8 @@ class FitConfig:
         Raises:
             UsageError: the batch cannot be shared out equally.
         """
+        if world_size < 1:
+            raise UsageError(f"--workers must be at least 1, got {world_size}.")
         size, rest = divmod(self.batch_size, world_size * self.accumulate)
         if rest or size < 1:
             raise UsageError(
@@ -266,7 +274,8 @@ class _State:
             file.write(json.dumps(record) + "\n")
 
     def save(self) -> None:
-        """Writes the resume point, on rank 0."""
+        """Writes the resume point, on rank 0, with the place of every rank's stream."""
+        streams = self.context.collect(self.stream.state_dict())
         if self.context.rank:
             return
         tensors = {f"step.{name}": value for name, value in self.step.state_dict().items()}
@@ -274,9 +283,7 @@ class _State:
         for index, values in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in values.items()}
         best = self.best if math.isfinite(self.best) else None
-        save_checkpoint(
-            self.folder / RESUME_FILE, tensors, {"done": self.done, "best": best, "stream": self.stream.state_dict()}
-        )
+        save_checkpoint(self.folder / RESUME_FILE, tensors, {"done": self.done, "best": best, "streams": streams})
 
     def resume(self) -> None:
         """Goes on from the resume point, if there is one."""
@@ -294,7 +301,9 @@ class _State:
                 average.copy_(tensors[f"ema.{index}"])
             self.done = self._clock_step = int(metadata["done"])
             self.best = math.inf if metadata["best"] is None else float(metadata["best"])
-            self.stream.load_state_dict(metadata["stream"])
+            streams = metadata["streams"]  # ranks stand apart after samples that could not be read
+            mine = self.context.rank if len(streams) == self.context.world_size else 0
+            self.stream.load_state_dict(streams[mine])
         if self.context.rank == 0:
             _forget_after(self.folder / METRICS_FILE, self.done)
 
@@ -311,7 +320,8 @@ def sum_of(values: Iterable[Tensor]) -> Tensor:
 def _forget_after(path: Path, step: int) -> None:
     """Drops the log lines of steps that will be done again."""
     if path.exists():
-        lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+        whole = path.read_text().rpartition("\n")[0]  # a kill may have cut the last line
+        lines = [line for line in whole.splitlines() if json.loads(line)["step"] <= step]
         write_whole(path, "".join(line + "\n" for line in lines).encode())
 
 

@@ -11,17 +11,17 @@ import numpy as np
 
 from pipelines.corpus.decoding import decode_sample
 from pipelines.corpus.images import Decoded, Preprocessing
-from pipelines.corpus.plan import Plan, plan_corpus
+from pipelines.corpus.plan import Plan
 from pipelines.corpus.problems import BadImage
 from pipelines.corpus.samples import RawSample, read_samples
+from pipelines.planning import planned
 from pipelines.progress import meter
 from pipelines.results import FAILED, Result
-from vqmill.errors import CodesError, UsageError
-from vqmill.layout import read_spec
+from vqmill.layout import commit_file, read_spec
 from vqmill.spec import MISSING_LABEL
 from vqmill.store import Codes
 from vqmill.verify import Verification, perplexity, verify_store
-from vqmill.writer import Counts
+from vqmill.writer import Commit, Counts
 
 PROBE_SIZE = 32  # what images are decoded to when only their health is of interest
 THREADS = 4
@@ -37,7 +37,7 @@ def inspect(path: str) -> Result:
     for name in ("tokenizer.safetensors", "prior.safetensors"):
         if (place / name).is_file() or (place.name == name and place.is_file()):
             return _inspect_checkpoint(place, prior=name.startswith("prior"))
-    return _inspect_corpus(plan_corpus(path))
+    return _inspect_corpus(planned(path))
 
 
 def verify(store: Path) -> Result:
@@ -68,7 +68,7 @@ def verify(store: Path) -> Result:
 def _usage_lines(codes: Codes, found: Verification) -> list[str]:
     return [
         f"level {level.name}: {'x'.join(map(str, level.grid))} {level.dtype}, {found.used_codes[level.name]} of {level.codebook_size} "
-        f"codes used ({found.used_codes[level.name] / level.codebook_size:.0%}), perplexity {found.perplexity[level.name]:.1f}"
+        f"codes used ({found.used_codes[level.name] / level.codebook_size:.1%}), perplexity {found.perplexity[level.name]:.1f}"
         for level in codes.spec.levels
     ]
 
@@ -82,10 +82,6 @@ def _inspect_store(path: Path) -> Result:
         for number, level in enumerate(spec.levels):
             for first in range(0, len(codes), BLOCK_ROWS):
                 rows = codes[level.name][first : first + BLOCK_ROWS].reshape(-1)
-                if rows.size and int(rows.max()) >= level.codebook_size:
-                    raise CodesError(
-                        f"{path}: level '{level.name}' holds code {int(rows.max())} from row {first} on, but codebook_size is {level.codebook_size}. See: vqmill verify {path}"
-                    )
                 histograms[level.name] += np.bincount(rows, minlength=level.codebook_size)
                 show(number * len(codes) + min(len(codes), first + BLOCK_ROWS), total)
     used = {name: int(np.count_nonzero(histogram)) for name, histogram in histograms.items()}
@@ -116,7 +112,11 @@ def _inspect_store(path: Path) -> Result:
         "disk_bytes": disk,
         "raw_bytes": raw,
     }
-    return Result(lines, Counts(encoded=len(codes)), len(codes), facts)
+    commits = [Commit.read(path / commit_file(shard)) for shard in range(spec.num_commits)]
+    counts = sum(
+        (commit.counts for commit in commits), Counts(skipped=sum(dict(spec.corpus.get("skipped", {})).values()))
+    )
+    return Result(lines, counts, len(codes), facts, quarantine=str(path / "quarantine"))
 
 
 def _inspect_checkpoint(path: Path, *, prior: bool) -> Result:
@@ -157,8 +157,6 @@ def _inspect_corpus(plan: Plan) -> Result:
                 if sample.label is not None:
                     labels[sample.label] += 1
             show(done, plan.num_samples, f"{reasons.total():,} bad" if reasons else "")
-    if not done:
-        raise UsageError(f"{plan.corpus}: holds no samples.")
     counts = Counts(encoded=sizes.total(), quarantined=reasons.total(), skipped=sum(plan.skipped.values()))
     lines = [
         f"{plan.corpus}: a corpus of {len(plan.shards):,} input shards, {plan.num_samples:,} samples, {plan.num_bytes / 1e6:,.1f} MB"

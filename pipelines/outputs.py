@@ -16,11 +16,12 @@ from types import TracebackType
 from typing import Any
 
 from vqmill.errors import UsageError
-from vqmill.files import PARTIAL_SUFFIX, canonical_json, hold_lock, write_whole
-from vqmill.settings import different_settings
+from vqmill.files import PARTIAL_SUFFIX, canonical_json, hold_lock, sync_folder, write_whole
+from vqmill.settings import refuse_other_settings
 
 SETTINGS_FILE = "settings.json"
 RUN_FILE = "run.json"
+WORK = "work"
 MARGIN_BYTES = 64 * 1024 * 1024  # what a job may need beside its main output: logs, tables, Ray's session
 
 
@@ -53,6 +54,7 @@ class OutputFolder:
             self.resumed = not self.finished and (self.folder / SETTINGS_FILE).exists()
             if self.finished:
                 _compare(out, settings, "Choose another --out, or remove it.")
+                self._tidy()  # a kill may have come between the renaming and the tidying
             elif self.resumed:
                 _compare(
                     self.folder,
@@ -60,7 +62,10 @@ class OutputFolder:
                     "It is an unfinished run. Repeat its settings to resume it, or remove it to start anew.",
                 )
             else:
-                shutil.rmtree(self.folder, ignore_errors=True)  # a folder without settings holds nothing yet
+                if self.folder.exists():
+                    raise UsageError(
+                        f"{self.folder}: exists and is not an unfinished run. Choose another --out, or remove it."
+                    )
                 write_whole(self.folder / SETTINGS_FILE, canonical_json(settings))
         except BaseException:
             os.close(self._lock)
@@ -77,24 +82,39 @@ class OutputFolder:
     @property
     def work(self) -> Path:
         """A folder inside for what only an unfinished run needs, such as resume points; `finish` removes it."""
-        path = self.folder / "work"
+        path = self.folder / WORK
         path.mkdir(exist_ok=True)
         return path
 
     def finish(self) -> None:
-        """Renames the folder to its final place."""
-        shutil.rmtree(self.work)
+        """Renames the folder to its final place, then removes what only an unfinished run needs."""
         self.folder.rename(self.out)
+        sync_folder(self.out.parent)
+        self._tidy()
+
+    def _tidy(self) -> None:
+        work = self.out / WORK
+        if work.exists():
+            shutil.rmtree(work)
 
 
 def _compare(folder: Path, wanted: Mapping[str, Any], advice: str) -> None:
     path = folder / SETTINGS_FILE
     if not path.is_file():
         raise UsageError(f"{folder}: exists and is not the output of this command. {advice}")
-    differences = list(different_settings(json.loads(path.read_bytes()), wanted))
-    if differences:
-        listing = "\n".join(f"  {line}" for line in differences)
-        raise UsageError(f"{folder}: exists with other settings:\n{listing}\n{advice}")
+    refuse_other_settings(str(folder), json.loads(path.read_bytes()), wanted, advice)
+
+
+def refuse_inside(out: Path, corpus: str) -> None:
+    """Refuses to write into the folder that is being read, where the output would become part of the corpus.
+
+    Raises:
+        UsageError: `out` lies in it.
+    """
+    if Path(corpus).is_dir() and out.resolve().is_relative_to(Path(corpus).resolve()):
+        raise UsageError(
+            f"--out {out}: lies inside the corpus {corpus}, and would be read as a part of it. Choose a place outside."
+        )
 
 
 def require_room(path: Path, needed_bytes: int) -> None:

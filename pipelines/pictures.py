@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from vqmill.errors import UsageError
 from vqmill.files import canonical_json, write_whole
-from vqmill.settings import different_settings
+from vqmill.settings import refuse_other_settings
 
 GOLDEN_RATIO = 0.618033988749895  # neighbouring codes get hues far apart
 TEXT_KEY = "vqmill"
@@ -88,6 +88,24 @@ def side_by_side(panels: Sequence[Panel], columns: int, scale: int = 1) -> Image
     return sheet
 
 
+def code_panels(codes: Mapping[str, np.ndarray[Any, Any]], side: int) -> list[Panel]:
+    """A panel of coloured codes for each level: integers [N, h, w] by name, drawn `side` pixels large."""
+    return [
+        Panel("codes" if level == "codes" else f"codes: {level}", code_colours(values, side))
+        for level, values in codes.items()
+    ]
+
+
+def check_columns(columns: int | None) -> None:
+    """Refuses a grid without columns.
+
+    Raises:
+        UsageError: fewer than one.
+    """
+    if columns is not None and columns < 1:
+        raise UsageError(f"--columns must be at least 1, got {columns}.")
+
+
 def good_scale(side: int) -> int:
     """How often to enlarge small images so that people can see them: to about 64 pixels a side."""
     return max(1, 64 // side)
@@ -110,12 +128,7 @@ def check_picture(path: Path, settings: Mapping[str, Any]) -> None:
         raise UsageError(
             f"{path}: exists and is not a picture of vqmill's. Choose another --out, or remove it."
         ) from error
-    differences = list(different_settings(found, json.loads(canonical_json(settings))))
-    if differences:
-        listing = "\n".join(f"  {line}" for line in differences)
-        raise UsageError(
-            f"{path}: a picture made with other settings is there:\n{listing}\nChoose another --out, or remove it."
-        )
+    refuse_other_settings(str(path), found, json.loads(canonical_json(settings)), "Choose another --out, or remove it.")
 
 
 def save_picture(path: Path, picture: Image.Image, settings: Mapping[str, Any]) -> None:

@@ -13,6 +13,22 @@ from vqmill.writer import Counts
 OK, FAILED, USAGE, QUARANTINED = 0, 1, 2, 3
 
 
+def plain_console(*, stderr: bool = False) -> Console:
+    """A console that prints text as it is: a file named `:100:` is no emoji, `[red]` no colour."""
+    return Console(stderr=stderr, soft_wrap=True, highlight=False, markup=False, emoji=False)
+
+
+def printable(text: str) -> str:
+    r"""The text with control characters escaped: keys come from files, and a terminal would obey them.
+
+    >>> printable("a\x1b[2J")
+    'a\\x1b[2J'
+    """
+    return "".join(
+        char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode() for char in text
+    )
+
+
 @dataclass
 class Result:
     """What a command did.
@@ -35,9 +51,9 @@ class Result:
 
     def finish(self, *, as_json: bool, seconds: float) -> int:
         """Prints it and returns the exit code."""
-        console = Console(soft_wrap=True, highlight=False, markup=False)
+        console = plain_console()
         for line in self.lines:
-            console.print(line)
+            console.print(printable(line))
         if self.counts.quarantined and self.code == OK:
             console.print(
                 f"{self.counts.quarantined:,} of {self.counts.seen:,} samples were quarantined; they are listed in {self.quarantine}"

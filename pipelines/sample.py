@@ -13,13 +13,13 @@ import priors
 import tokenizer
 from pipelines.options import Device, choose_device
 from pipelines.outputs import require_room, run_record
-from pipelines.pictures import check_picture, good_scale, image_grid, save_picture
+from pipelines.pictures import check_columns, check_picture, good_scale, image_grid, save_picture
 from pipelines.progress import meter
-from pipelines.recipes import did_you_mean
 from pipelines.results import Result
-from pipelines.tokenize_command import run_file
+from pipelines.tokenize_command import relative_to_store, run_file
 from vqmill.errors import CodesError, UsageError
 from vqmill.files import canonical_json, write_whole
+from vqmill.settings import did_you_mean
 from vqmill.spec import LevelSpec, Segment, StoreSpec, default_rows_per_shard
 from vqmill.tables import QUARANTINE_SCHEMA, SAMPLES_SCHEMA
 from vqmill.writer import Counts, Cursor, StoreWriter, write_shard
@@ -41,10 +41,12 @@ def sample(
     except CodesError as error:
         raise UsageError(f"{prior_path} with {tokenizer_path}: {error}") from error
     check_picture(out, settings)
+    check_columns(columns)
     chosen = choose_device(device)
     spec = _spec(prior, settings)
     if codes is not None:
         require_room(codes, num * spec.row_bytes)
+        StoreWriter(codes, spec).close()  # refuses a place that holds something else, before the drawing
     with meter("sampling", "codes") as show:
         try:
             drawn = priors.sample(
@@ -68,7 +70,8 @@ def sample(
     if codes is not None:
         _write_codes(codes, spec, {name: values.numpy() for name, values in drawn.items()}, labels, images.shape[-1])
         write_whole(
-            run_file(codes), canonical_json(run_record(tokenizer=str(tokenizer_path.absolute()), settings=settings))
+            run_file(codes),
+            canonical_json(run_record(tokenizer=relative_to_store(tokenizer_path, codes), settings=settings)),
         )
         lines.append(f"made {codes}: {num} rows")
         facts["codes"] = str(codes)

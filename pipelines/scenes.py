@@ -17,20 +17,20 @@ OVERSAMPLED = 3  # scenes are drawn this much larger and shrunk, so that edges a
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
-def write_corpus(folder: Path, *, images: int, shards: int, side: int, seed: int = 0) -> None:
+def write_corpus(folder: Path, *, num_images: int, num_shards: int, side: int, seed: int = 0) -> None:
     """Writes tar shards in webdataset form: `KEY.png` and `KEY.cls` for each image, classes in turn.
 
     Args:
         folder: is made; shards are `scenes-000000.tar` onward.
-        images: how many, over all shards.
-        shards: how many files.
+        num_images: how many, over all shards.
+        num_shards: how many files.
         side: height and width, pixels.
         seed: decides every picture.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for shard in range(shards):
+    for shard in range(num_shards):
         with TarWriter(str(folder / f"scenes-{shard:06d}.tar"), mtime=0) as tar:
-            for index in range(shard * images // shards, (shard + 1) * images // shards):
+            for index in range(shard * num_images // num_shards, (shard + 1) * num_images // num_shards):
                 label = index % len(CLASSES)
                 buffer = io.BytesIO()
                 Image.fromarray(scene(CLASSES[label], np.random.default_rng([seed, index]), side)).save(buffer, "PNG")

@@ -29,10 +29,11 @@ from vqmill.writer import Counts, StoreWriter
 if TYPE_CHECKING:
     from pipelines.remote import SpanFacts
 
-SAMPLE_BYTES = 256  # what a row of the samples table takes at most on the disk, in our experience
+SAMPLE_BYTES = 256  # what a row of the samples table takes on the disk without long captions
 WINDOW = 4  # input shards in flight for each actor: bounds what waits for its turn
+MAX_WAITING_SPANS = 64  # of an input shard whose turn has not come; beyond, its actor is left to wait
 MAX_WRITES = 4  # Zarr shards being written at a time
-MAX_DEATHS = 3  # an input shard that killed its actor so often stops the job
+MAX_DEATHS = 3  # a span that killed its actor so often stops the job
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,12 @@ def tokenize_corpus(
     with StoreWriter(out, spec) as writer:
         resumed = writer.spec.num_rows
         if not writer.spec.complete:
-            with ray_cluster(options.workers):
+            with ray_cluster(options.workers, options.device):
                 _Driver(plan, model, writer, options, progress).run()
+            if writer.counts.seen != plan.num_samples:
+                raise RunFailed(
+                    f"{out}: {plan.num_samples:,} samples were planned, {writer.counts.seen:,} came out; the store is left unfinished."
+                )
             writer.finish()
         counts = writer.counts + Counts(skipped=sum(plan.skipped.values()))
         rows = writer.spec.num_rows
@@ -173,7 +178,8 @@ class _Driver:
         self._running: dict[Any, _Running] = {}
         self._arrived: dict[int, deque[tuple[SpanFacts, Any]]] = {}
         self._ended: set[int] = set()
-        self._deaths: dict[int, int] = {}
+        self._deaths: Counter[tuple[int, int]] = Counter()
+        self._seen: Counter[int] = Counter()
         self._again: list[tuple[int, int]] = []
         self._writes: deque[_Write] = deque()
         # What the committed rows stand for, plus the samples of a half-committed span, which are counted when it ends.
@@ -228,9 +234,8 @@ class _Driver:
 
     def _receive(self, idle: list[Any]) -> None:
         """Waits for a span, the end of an input shard, or a written Zarr shard."""
-        ready, _ = self._ray.wait(
-            [*self._running, *(write.files for write in list(self._writes)[:1])], fetch_local=False
-        )
+        wanted = [stream for stream, task in self._running.items() if self._has_room(task.unit)]
+        ready, _ = self._ray.wait([*wanted, *(write.files for write in list(self._writes)[:1])], fetch_local=False)
         for item in ready:
             if item not in self._running:
                 self._commit_head()
@@ -240,6 +245,7 @@ class _Driver:
                 facts, span = self._next_span(item)
             except StopIteration:
                 del self._running[item]
+                self._require_whole(task)
                 self._ended.add(task.unit)
                 idle.append(task.actor)
             except self._ray.exceptions.RayTaskError as error:
@@ -253,10 +259,23 @@ class _Driver:
                 idle.append(self._new_actor())
             else:
                 task.next_span = facts.index + 1
+                self._seen[task.unit] += facts.counts.seen
                 self._arrived.setdefault(task.unit, deque()).append((facts, span))
                 self._done += facts.counts.seen
                 self._bad += facts.counts.quarantined
                 self._report()
+
+    def _has_room(self, unit: int) -> bool:
+        return unit == self._current or len(self._arrived.get(unit, ())) < MAX_WAITING_SPANS
+
+    def _require_whole(self, task: _Running) -> None:
+        """An input shard that ends has given every sample that was planned."""
+        shard = self._plan.shards[task.unit]
+        found = self._seen.pop(task.unit, 0) + SPAN_SAMPLES * self._first_span.get(task.unit, 0)
+        if found != shard.num_samples:
+            raise RunFailed(
+                f"input shard {shard.name} (number {task.unit}) gave {found} samples, {shard.num_samples} were planned. Run the same command again."
+            )
 
     def _next_span(self, stream: Any) -> tuple[SpanFacts, Any]:
         span = next(stream)
@@ -268,7 +287,8 @@ class _Driver:
 
     def _bury(self, task: _Running, error: Exception) -> None:
         """An actor died: its input shard goes to a new one, from the first span that did not arrive."""
-        deaths = self._deaths[task.unit] = self._deaths.get(task.unit, 0) + 1
+        self._deaths[task.unit, task.next_span] += 1
+        deaths = self._deaths[task.unit, task.next_span]
         if deaths == MAX_DEATHS:
             first = task.next_span * SPAN_SAMPLES
             raise RunFailed(
@@ -294,7 +314,9 @@ class _Driver:
             self._commit_head()
         pieces = [(piece.first, piece.stop, piece.ends_span) for piece in job.pieces]
         spans = [piece.payload for piece in job.pieces]
-        files = self._remote.write_pieces.remote(self._writer.store, self._writer.spec, job.shard, pieces, *spans)
+        files = self._remote.write_pieces.remote(
+            self._writer.store.absolute(), self._writer.spec, job.shard, pieces, *spans
+        )
         job.pieces.clear()  # the task holds the spans now; they are freed when it is done
         self._writes.append(_Write(job, files))
 

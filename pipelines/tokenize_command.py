@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 
 import tokenizer
-from pipelines.corpus.plan import Plan, plan_corpus
+from pipelines.corpus.plan import Plan
 from pipelines.encoder import Encoding
 from pipelines.options import Device, Precision, choose_device, default_workers
-from pipelines.outputs import run_record
+from pipelines.outputs import refuse_inside, run_record
+from pipelines.planning import planned
 from pipelines.progress import meter
 from pipelines.results import Result
 from pipelines.tokenize import TokenizeOptions, store_spec, tokenize_corpus
 from vqmill.errors import CodesError, UsageError
 from vqmill.files import canonical_json, write_whole
 from vqmill.layout import read_spec
+from vqmill.settings import refuse_other_settings
 
 
 def tokenize(
@@ -37,18 +40,24 @@ def tokenize(
     options = TokenizeOptions(
         size, Encoding(batch_size, precision), shard_rows, workers or default_workers(chosen), chosen
     )
-    plan = plan_corpus(corpus)
+    refuse_inside(out, corpus)
+    plan = planned(corpus)
     if dry_run:
         return _dry_run(plan, model, out, options)
     with meter("tokenizing", "samples") as show:
         made = tokenize_corpus(plan, model, out, options, show)
     record = run_record(
-        corpus=corpus, tokenizer=str(tokenizer_path.absolute()), workers=options.workers, device=chosen, rows=made.rows,
+        corpus=corpus, tokenizer=relative_to_store(tokenizer_path, out), workers=options.workers, device=chosen, rows=made.rows,
         counts=asdict(made.counts), seconds=made.seconds,
     )  # fmt: skip
-    write_whole(run_file(out), canonical_json(record))
     new = made.rows - made.resumed_rows
+    if new or not run_file(out).exists():
+        write_whole(run_file(out), canonical_json(record))
     lines = [f"{out}: {made.rows:,} rows ({new:,} of them in this run, {made.resumed_rows:,} found committed)"]
+    if options.workers > len(plan.shards):
+        lines.append(
+            f"only {len(plan.shards)} of {options.workers} workers had something to do: the corpus is {len(plan.shards)} input shards"
+        )
     lines += [f"quarantined: {count:,} {reason}" for reason, count in sorted(made.reasons.items())]
     lines += [f"skipped: {count:,} {reason}" for reason, count in sorted(plan.skipped.items())]
     facts = {
@@ -74,13 +83,30 @@ def recorded_tokenizer(store: Path) -> Path:
     path = run_file(store)
     if not path.is_file():
         raise UsageError(f"{path} is not there, so the tokenizer's place is not known. Name it with --tokenizer DIR.")
-    return Path(json.loads(path.read_bytes())["tokenizer"])
+    try:
+        return store.parent / json.loads(path.read_bytes())["tokenizer"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path}: damaged ({error!r}). Name the tokenizer with --tokenizer DIR.") from error
+
+
+def relative_to_store(tokenizer_path: Path, store: Path) -> str:
+    """The tokenizer's place as seen from the store's folder, so that both can be moved together."""
+    return os.path.relpath(tokenizer_path.absolute(), store.absolute().parent)
 
 
 def _dry_run(plan: Plan, model: tokenizer.Tokenizer, out: Path, options: TokenizeOptions) -> Result:
     spec = store_spec(plan, model, options)
     raw = plan.num_samples * spec.row_bytes
-    done = read_spec(out).num_rows if (out / "zarr.json").exists() else 0
+    done = 0
+    if (out / "zarr.json").exists():
+        found = read_spec(out)
+        refuse_other_settings(
+            str(out),
+            found.settings(),
+            spec.settings(),
+            "Choose another --out, or repeat the settings it was made with.",
+        )
+        done = found.num_rows
     grids = ", ".join(
         f"{level.name} {'x'.join(map(str, level.grid))} of {level.codebook_size} codes" for level in spec.levels
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -15,7 +15,7 @@ import torch
 
 import priors
 from pipelines.cluster import ray_cluster
-from pipelines.corpus.holdout import in_holdout
+from pipelines.corpus.holdout import hash_of_key
 from pipelines.fit import METRICS_FILE, Batch, FitConfig, Stream
 from pipelines.options import FitFlags, choose_device
 from pipelines.outputs import RUN_FILE, OutputFolder, require_room, run_record
@@ -29,7 +29,7 @@ from vqmill.loader import CodeBatches
 from vqmill.writer import Counts
 
 EVALUATION_LIMIT = 4096  # held-out samples that an evaluation looks at
-BASELINE_ROWS = 50_000
+BASELINE_CODES = 4_000_000  # of training; more would not move the figures, and take gigabytes
 
 
 class CodeStream:
@@ -65,22 +65,35 @@ class PriorJob:
     level: str
     config: priors.PriorConfig
     fit: FitConfig
-    holdout: float
+    holdout_fraction: float
 
     def build(self, rank: int, world_size: int) -> Task:
         """A new network for the level, the same on every rank, and this rank's codes."""
         torch.manual_seed(self.fit.seed)
         step = priors.PriorStep(priors.Prior(self.config), self.level)
         codes = open_codes(self.store)
-        kept, held_out = split_rows(codes, self.holdout)
+        kept, held_out = split_rows(codes, self.holdout_fraction)
         size = self.fit.rank_batch(world_size)
+        names = self._names()
         stream = codes.batches(
-            size, shuffle=True, seed=self.fit.seed, rank=rank, world_size=world_size, last="pad", rows=kept
+            size,
+            shuffle=True,
+            seed=self.fit.seed,
+            rank=rank,
+            world_size=world_size,
+            last="pad",
+            rows=kept,
+            levels=names,
         )
-        return Task(step, CodeStream(stream), self._validation(codes, held_out[:EVALUATION_LIMIT]))
+        return Task(step, CodeStream(stream), self._validation(codes, evenly(held_out, EVALUATION_LIMIT)))
 
     def _validation(self, codes: Codes, rows: np.ndarray[Any, Any]) -> Callable[[], Iterable[Batch]]:
-        return lambda: (to_tensors(batch) for batch in codes.batches(self.fit.batch_size, rows=rows))
+        names = self._names()
+        return lambda: (to_tensors(batch) for batch in codes.batches(self.fit.batch_size, rows=rows, levels=names))
+
+    def _names(self) -> tuple[str, ...]:
+        """The level and those above it: all that its network reads."""
+        return self.config.level_names[: self.config.level_index(self.level) + 1]
 
     def quarantined(self, stream: Stream) -> dict[str, dict[str, str]]:
         """Nothing: a store has been checked."""
@@ -88,23 +101,31 @@ class PriorJob:
 
 
 def split_rows(codes: Codes, fraction: float) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Rows to train on and rows held out, by the hash of each sample's key: the same samples as the tokenizer's hold-out.
+    """Rows to train on and rows held out, by the hash of each sample's key; as for tokenizers, one at least is held out.
 
     Raises:
-        CodesError: one of the two sides is empty.
+        CodesError: nothing is left to train on.
     """
-    held = np.fromiter((in_holdout(str(key), fraction) for key in codes.samples()["key"].to_pylist()), bool, len(codes))
-    if held.all() or not held.any():
+    hashes = np.array([hash_of_key(str(key)) for key in codes.sample_keys()], np.uint64)
+    if len(np.unique(hashes)) < 2:
         raise CodesError(
-            f"{codes.path}: of its {len(codes):,} rows, --holdout {fraction} keeps {held.sum():,} out of training. "
-            "Both sides need rows: choose another fraction, or tokenize a larger corpus."
+            f"{codes.path}: {len(codes)} rows; it takes two samples, one to train on and one to hold out. Tokenize a larger corpus."
+        )
+    threshold = max(np.uint64(int(fraction * 2**64)), hashes.min() + np.uint64(1))
+    held = hashes < threshold
+    if held.all():
+        raise CodesError(
+            f"{codes.path}: --holdout {fraction} keeps all {len(codes):,} rows out of training. Choose a smaller fraction."
         )
     return np.flatnonzero(~held), np.flatnonzero(held)
 
 
-def train_prior(
-    store: Path, out: Path, *, preset: str, config: Path | None, level: str, holdout: float, flags: FitFlags
-) -> Result:
+def evenly(rows: np.ndarray[Any, Any], limit: int) -> np.ndarray[Any, Any]:
+    """At most so many of the rows, from everywhere among them: a corpus may be sorted by class."""
+    return rows if len(rows) <= limit else rows[np.linspace(0, len(rows) - 1, limit).astype(np.int64)]
+
+
+def train_prior(store: Path, out: Path, *, preset: str, config: Path | None, holdout: float, flags: FitFlags) -> Result:
     """Runs the command; see `vqmill train-prior --help`."""
     tables = read_tables(config, ("prior", "fit"))
     if not 0 < holdout < 1:
@@ -115,7 +136,6 @@ def train_prior(
         prior_config = priors.preset_config(
             preset, level_shapes(codes), num_classes(codes), codes.spec.tokenizer["fingerprint"], **tables["prior"]
         )
-        levels = codes.levels if level == "all" else (prior_config.level_names[prior_config.level_index(level)],)
     except CodesError as error:
         raise UsageError(str(error)) from error
     fit = fit_config(PRIOR_RECIPES[preset], tables["fit"], flags.fit())
@@ -123,10 +143,9 @@ def train_prior(
     device = choose_device(flags.device)
     settings = {
         "command": "train-prior",
-        "plan": [segment.plan for segment in codes.spec.segments],
+        "store": codes.spec.settings(),
         "rows": len(codes),
         "prior": prior_config.to_dict(),
-        "levels": list(levels),
         "fit": asdict(fit),
         "holdout": holdout,
     }
@@ -136,8 +155,8 @@ def train_prior(
         if not place.finished:
             torch.manual_seed(fit.seed)
             prior = priors.Prior(prior_config).eval()
-            jobs = [PriorJob(store.absolute(), name, prior_config, fit, holdout) for name in levels]
-            with ray_cluster(flags.workers) if flags.workers > 1 else nullcontext():  # one Ray for all levels
+            jobs = [PriorJob(store.absolute(), name, prior_config, fit, holdout) for name in codes.levels]
+            with ray_cluster(flags.workers, device) if flags.workers > 1 else nullcontext():  # one Ray for all levels
                 report = {job.level: _train_level(job, prior, place, flags.workers, device) for job in jobs}
             priors.save(prior, place.folder)
             record = run_record(
@@ -157,8 +176,8 @@ def _train_level(
     work.mkdir(exist_ok=True)
     trained = run_job(job, work, workers=workers, device=device, title=f"training the prior: {job.level}")
     priors.PriorStep(prior, job.level).load_state_dict(trained.tensors)
-    shutil.copyfile(work / METRICS_FILE, place.folder / f"metrics-{job.level}.jsonl")
-    return trained.evaluation | _baselines(open_codes(job.store), job.level)
+    write_whole(place.folder / f"metrics-{job.level}.jsonl", (work / METRICS_FILE).read_bytes())
+    return trained.evaluation | _baselines(open_codes(job.store), job)
 
 
 def level_shapes(codes: Codes) -> list[priors.LevelShape]:
@@ -184,18 +203,23 @@ def num_classes(codes: Codes) -> int:
     return 0 if largest < 0 else max(len(codes.class_names), largest + 1)
 
 
-def _baselines(codes: Codes, level: str) -> dict[str, float]:
-    """What the crudest models need, in bits per code."""
-    rows = codes[level][:BASELINE_ROWS]
-    found = asdict(priors.baselines(rows, codes.spec.level(level).codebook_size))
-    return {f"{name}_bits_per_code": bits for name, bits in found.items()}
+def _baselines(codes: Codes, job: PriorJob) -> dict[str, float]:
+    """What the crudest models, counted on training rows, need for held-out ones: bits per code."""
+    kept, held_out = split_rows(codes, job.holdout_fraction)
+    level = codes.spec.level(job.level)
+    limit = max(1, BASELINE_CODES // math.prod(level.grid))
+    array = codes[job.level]
+    found = priors.baselines(
+        array[evenly(held_out, EVALUATION_LIMIT)], level.codebook_size, train=array[evenly(kept, limit)]
+    )
+    return {f"{name}_bits_per_code": bits for name, bits in asdict(found).items()}
 
 
 def _report(out: Path, *, already: bool) -> Result:
     record = json.loads((out / RUN_FILE).read_bytes())
     lines = [f"{out}: already trained with these settings; nothing to do."] if already else []
     lines.append(f"prior {record['fingerprint']}: {record['parameters']:,} parameters")
-    for name in record["settings"]["levels"]:
+    for name in (level["name"] for level in record["settings"]["prior"]["levels"]):
         found = record["evaluation"][name]
         crude = ", ".join(
             f"{key.removesuffix('_bits_per_code')} {bits:.3f}"

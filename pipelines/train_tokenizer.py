@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 import tokenizer
-from pipelines.corpus.holdout import holdout_batches
+from pipelines.corpus.holdout import choose_holdout, holdout_batches
 from pipelines.corpus.images import Augmentation, Preprocessing
-from pipelines.corpus.plan import Plan, plan_corpus
+from pipelines.corpus.plan import Plan
+from pipelines.corpus.problems import Problem
+from pipelines.corpus.samples import list_samples
 from pipelines.corpus.stream import TrainingStream
 from pipelines.fit import METRICS_FILE, Batch, FitConfig, Stream
 from pipelines.options import FitFlags, choose_device
-from pipelines.outputs import RUN_FILE, OutputFolder, require_room, run_record
-from pipelines.pictures import Panel, code_colours, good_scale, save_picture, side_by_side
+from pipelines.outputs import RUN_FILE, OutputFolder, refuse_inside, require_room, run_record
+from pipelines.pictures import Panel, code_panels, good_scale, save_picture, side_by_side
+from pipelines.planning import planned
 from pipelines.recipes import TOKENIZER_RECIPES, fit_config, read_tables
 from pipelines.results import Result
 from pipelines.train import Task, run_job
 from vqmill.errors import CodesError, UsageError
 from vqmill.files import canonical_json, write_whole
+from vqmill.layout import parquet_bytes
 from vqmill.writer import Counts
 
 QUARANTINE_FILE = "quarantine.parquet"
@@ -43,8 +45,8 @@ class TokenizerJob:
     config: tokenizer.TokenizerConfig
     fit: FitConfig
     augmentation: Augmentation
-    holdout: float
-    threads: int = 2
+    holdout_fraction: float
+    num_threads: int = 2
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -63,30 +65,30 @@ class TokenizerJob:
             seed=self.fit.seed,
             rank=rank,
             world_size=world_size,
-            holdout_fraction=self.holdout,
-            num_threads=self.threads,
+            holdout_fraction=self.holdout_fraction,
+            num_threads=self.num_threads,
         )
         return Task(step, stream, self.validation())
 
-    def validation(self, limit: int = EVALUATION_LIMIT) -> Callable[[], Iterable[Batch]]:
-        """Gives the held-out images, from the beginning each time."""
+    def validation(
+        self, limit: int = EVALUATION_LIMIT, problems: dict[str, Problem] | None = None
+    ) -> Callable[[], Iterable[Batch]]:
+        """Gives the held-out images, from the beginning each time; `problems` collects those that cannot be read."""
         return lambda: holdout_batches(
-            self.plan, self.preprocessing, self.holdout, batch_size=self.fit.batch_size, limit=limit
+            self.plan, self.preprocessing, self.holdout_fraction, self.fit.batch_size, limit, problems
         )
 
     def quarantined(self, stream: Stream) -> dict[str, dict[str, str]]:
         """Samples that could not be read."""
         assert isinstance(stream, TrainingStream)
-        return {
-            key: {"reason": str(problem.reason), "detail": problem.detail}
-            for key, problem in stream.quarantined.items()
-        }
+        return _rows(stream.quarantined)
 
 
 def train_tokenizer(
     corpus: str, out: Path, *, preset: str, config: Path | None, size: int | None, holdout: float, flags: FitFlags
 ) -> Result:
     """Runs the command; see `vqmill train-tokenizer --help`."""
+    refuse_inside(out, corpus)
     job, device = _plan_job(corpus, preset=preset, config=config, size=size, holdout=holdout, flags=flags)
     settings = {
         "command": "train-tokenizer",
@@ -106,16 +108,17 @@ def train_tokenizer(
             model = step.tokenizer.eval()
             model.sort_by_usage()
             tokenizer.save(model, place.folder)
-            _save_pictures(job, model, place.folder / PICTURE_FILE)
-            rows = [{"key": key, **problem} for key, problem in trained.quarantined.items()]
+            held_out = _look_at_holdout(job, model, place.folder / PICTURE_FILE)
+            quarantined = trained.quarantined | _rows(held_out.problems)
+            rows = [{"key": key, **problem} for key, problem in sorted(quarantined.items())]
             schema = pa.schema([("key", pa.string()), ("reason", pa.string()), ("detail", pa.string())])
-            pq.write_table(pa.Table.from_pylist(rows, schema=schema), place.folder / QUARANTINE_FILE)
+            write_whole(place.folder / QUARANTINE_FILE, parquet_bytes(pa.Table.from_pylist(rows, schema=schema)))
             record = run_record(
                 corpus=corpus, settings=settings, workers=flags.workers, device=device, fingerprint=model.fingerprint,
-                parameters=model.num_parameters, evaluation=trained.evaluation, counts=asdict(_counts(job, len(rows))),
+                parameters=model.num_parameters, evaluation=trained.evaluation, counts=asdict(_counts(job, held_out.images, len(rows))),
             )  # fmt: skip
             write_whole(place.folder / RUN_FILE, canonical_json(record))
-            (place.work / METRICS_FILE).rename(place.folder / METRICS_FILE)
+            write_whole(place.folder / METRICS_FILE, (place.work / METRICS_FILE).read_bytes())
             place.finish()
         return _report(out, already=place.finished)
 
@@ -135,7 +138,11 @@ def _plan_job(
             preset, overrides | {"start_step": max(1, min(model_config.start_step, fit.steps // 8))}
         )
     device = choose_device(flags.device)
-    return TokenizerJob(plan_corpus(corpus), model_config, fit, Augmentation(), holdout), device
+    if model_config.start_step >= fit.steps:
+        raise UsageError(
+            f"[tokenizer] start_step {model_config.start_step}: with --steps {fit.steps} the codebooks would never begin. Take fewer, a quarter at most."
+        )
+    return TokenizerJob(planned(corpus), model_config, fit, Augmentation(), holdout), device
 
 
 def _checked_config(preset: str, overrides: dict[str, Any]) -> tokenizer.TokenizerConfig:
@@ -152,25 +159,43 @@ def _room(job: TokenizerJob) -> int:
     return 8 * 4 * parameters
 
 
-def _counts(job: TokenizerJob, quarantined: int) -> Counts:
-    """What training looked at: every sample once, or as many as its steps reached."""
-    reached = min(job.fit.steps * job.fit.batch_size, job.plan.num_samples - quarantined)
-    return Counts(encoded=reached, quarantined=quarantined, skipped=sum(job.plan.skipped.values()))
+@dataclass(frozen=True)
+class _HeldOut:
+    """What lies in the hold-out: images that decode, and those that do not."""
+
+    images: int
+    problems: dict[str, Problem]
 
 
-def _save_pictures(job: TokenizerJob, model: tokenizer.Tokenizer, path: Path) -> None:
-    """Held-out images, what the tokenizer keeps of them, and their codes."""
-    batches = islice(job.validation(PICTURES)(), PICTURES)
-    images = torch.cat([batch["images"] for batch in batches])[:PICTURES]
+def _look_at_holdout(job: TokenizerJob, model: tokenizer.Tokenizer, path: Path) -> _HeldOut:
+    """Goes through the held-out images as the evaluation did; draws the first, what the tokenizer keeps of them, and their codes."""
+    problems: dict[str, Problem] = {}
+    number = 0
+    shown = []
+    for batch in job.validation(problems=problems)():
+        if number < PICTURES:
+            shown.append(batch["images"][: PICTURES - number])
+        number += len(batch["images"])
+    images = torch.cat(shown)
     codes = model.encode(images)
-    side = images.shape[-1]
     panels = [Panel("original", images.numpy()), Panel("reconstruction", model.decode(codes).numpy())]
-    panels += [Panel(_codes_title(level), code_colours(values.numpy(), side)) for level, values in codes.items()]
+    side = images.shape[-1]
+    panels += code_panels({level: values.numpy() for level, values in codes.items()}, side)
     save_picture(path, side_by_side(panels, columns=2, scale=good_scale(side)), {"fingerprint": model.fingerprint})
+    return _HeldOut(number, problems)
 
 
-def _codes_title(level: str) -> str:
-    return "codes" if level == "codes" else f"codes: {level}"
+def _counts(job: TokenizerJob, evaluated: int, quarantined: int) -> Counts:
+    """The samples that were trained on, each counted once, and those that were evaluated."""
+    holdout = choose_holdout(job.plan, job.preprocessing, job.holdout_fraction)
+    keys = (ref.key for shard in job.plan.shards for ref in list_samples(shard) if ref.problem is None)
+    available = sum(key not in holdout for key in keys)
+    trained = min(job.fit.steps * job.fit.batch_size, max(0, available - quarantined))
+    return Counts(encoded=trained + evaluated, quarantined=quarantined, skipped=sum(job.plan.skipped.values()))
+
+
+def _rows(problems: Mapping[str, Problem]) -> dict[str, dict[str, str]]:
+    return {key: {"reason": str(problem.reason), "detail": problem.detail} for key, problem in problems.items()}
 
 
 def _report(out: Path, *, already: bool) -> Result:
@@ -186,7 +211,7 @@ def _report(out: Path, *, already: bool) -> Result:
     for name in tokenizer.TokenizerConfig.from_dict(record["settings"]["tokenizer"]).level_names:
         used, size = int(evaluation[f"{name}/used_codes"]), int(evaluation[f"{name}/codebook_size"])
         lines.append(
-            f"level {name}: {used} of {size} codes used ({used / size:.0%}), dataset perplexity {evaluation[f'{name}/perplexity']:.1f} "
+            f"level {name}: {used} of {size} codes used ({used / size:.1%}), dataset perplexity {evaluation[f'{name}/perplexity']:.1f} "
             "(as many codes, equally used, would carry as much)"
         )
     lines.append(f"made {out / tokenizer.FILE_NAME} and {out / PICTURE_FILE}")

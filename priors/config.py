@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
-from difflib import get_close_matches
 from itertools import pairwise
 from typing import Any
 
 from vqmill.errors import CodesError
+from vqmill.settings import did_you_mean
+
+MAX_LEVELS = 8  # a level has a network for each coarser one, so a foreign file must not name thousands
 
 
 @dataclass(frozen=True)
@@ -26,14 +28,14 @@ class LevelShape:
     grid: tuple[int, int]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "grid", tuple(self.grid))  # JSON brings lists
         if not isinstance(self.name, str) or not self.name:
             raise CodesError(f"levels: expected a level name, found {self.name!r}.")
-        _check_count(f"level '{self.name}': codebook_size", self.codebook_size, minimum=1)
-        if len(self.grid) != 2:
-            raise CodesError(f"level '{self.name}': expected a grid (h, w), found {self.grid}.")
+        _check_count(f"level '{self.name}': codebook_size", self.codebook_size, 1, 1 << 20)
+        if not isinstance(self.grid, tuple | list) or len(self.grid) != 2:
+            raise CodesError(f"level '{self.name}': expected a grid (h, w), found {self.grid!r}.")
         for side in self.grid:
-            _check_count(f"level '{self.name}': a side of its grid", side, minimum=1)
+            _check_count(f"level '{self.name}': a side of its grid", side, 1, 1 << 14)
+        object.__setattr__(self, "grid", tuple(self.grid))  # JSON brings lists
 
     @property
     def num_codes(self) -> int:
@@ -51,7 +53,7 @@ class PriorConfig:
         tokenizer_fingerprint: the tokenizer whose codes are modelled; see `check_tokenizer`.
         preset: the name that the sizes came from; a record, changed by nothing below.
         depth: channels of every layer.
-        num_layers: PixelConvB layers after the one PixelConvA.
+        num_layers: PixelConvB layers after the one PixelConvA (ours: with it, 8 of reach 1 see a grid of 8 x 8 whole).
         horizontal: how far one layer sees to the left (and, in rows above, to the right), in codes.
         vertical: how far one layer sees upward, in codes.
         norm: LayerNorm over channels before each layer and before the output stack.
@@ -59,7 +61,7 @@ class PriorConfig:
         position: learned vectors for each place of the grid.
         num_output_blocks: residual 1x1 blocks between the two stacks and the logits.
         num_condition_blocks: residual 3x3 blocks that each coarser level goes through.
-        dropout: probability at which activations are dropped in training, in [0, 1).
+        dropout: probability at which activations are dropped in training, in [0, 1) (ours).
         label_dropout: probability at which a label is hidden in training, in [0, 1), so that label -1 ("any") is learned.
     """
 
@@ -83,19 +85,29 @@ class PriorConfig:
         levels = tuple(self.levels)
         object.__setattr__(self, "levels", levels)
         names = [level.name for level in levels]
-        if not names or len(set(names)) != len(names):
-            raise CodesError(f"levels: expected one or more levels of different names, coarse to fine, found {names}.")
+        if not 1 <= len(names) <= MAX_LEVELS or len(set(names)) != len(names):
+            raise CodesError(
+                f"levels: expected one to {MAX_LEVELS} levels of different names, coarse to fine, found {names}."
+            )
         for coarse, fine in pairwise(levels):
             if any(b % a for a, b in zip(coarse.grid, fine.grid, strict=True)):
                 raise CodesError(
                     f"levels: expected each grid to be a whole multiple of the coarser one before it, found '{coarse.name}' "
                     f"{coarse.grid} before '{fine.name}' {fine.grid}. Give the levels coarse to fine."
                 )
-        _check_count("num_classes", self.num_classes, minimum=0)
-        for name in ("depth", "horizontal", "vertical"):
-            _check_count(name, getattr(self, name), minimum=1)
-        for name in ("num_layers", "num_output_blocks", "num_condition_blocks"):
-            _check_count(name, getattr(self, name), minimum=0)
+        for name in ("tokenizer_fingerprint", "preset"):
+            if not isinstance(getattr(self, name), str):
+                raise CodesError(f"{name}: expected a name, found {getattr(self, name)!r}.")
+        for name, low, high in (
+            ("num_classes", 0, 1 << 20),
+            ("depth", 1, 1 << 14),
+            ("num_layers", 0, 256),
+            ("horizontal", 1, 64),
+            ("vertical", 1, 64),
+            ("num_output_blocks", 0, 64),
+            ("num_condition_blocks", 0, 64),
+        ):
+            _check_count(name, getattr(self, name), low, high)
         for name in ("norm", "vertical_residual", "position"):
             if not isinstance(getattr(self, name), bool):
                 raise CodesError(f"{name}: expected true or false, found {getattr(self, name)!r}.")
@@ -117,7 +129,7 @@ class PriorConfig:
         """
         if name not in self.level_names:
             raise CodesError(
-                f"level '{name}': this prior's levels are {', '.join(self.level_names)}.{_nearest(name, self.level_names)}"
+                f"level '{name}': this prior's levels are {', '.join(self.level_names)}.{did_you_mean(name, self.level_names)}"
             )
         return self.level_names.index(name)
 
@@ -142,9 +154,11 @@ class PriorConfig:
         """The configuration that `to_dict` described.
 
         Raises:
-            CodesError: a key is unknown or missing, or a value is out of its range.
+            CodesError: a key is unknown or missing, or a value is out of its range or of another kind.
         """
         check_keys("the prior's configuration", values, cls)
+        if not isinstance(values["levels"], list | tuple):
+            raise CodesError(f"levels: expected a list of levels, coarse to fine, found {values['levels']!r}.")
         for level in values["levels"]:
             check_keys("a level of the prior's configuration", level, LevelShape)
         return cls(**{**values, "levels": tuple(LevelShape(**level) for level in values["levels"])})
@@ -168,7 +182,7 @@ def preset_config(
         CodesError: unknown preset or field (the nearest name is suggested), or a value out of its range.
     """
     if name not in PRESETS:
-        raise CodesError(f"prior preset '{name}': expected one of {', '.join(PRESETS)}.{_nearest(name, PRESETS)}")
+        raise CodesError(f"prior preset '{name}': expected one of {', '.join(PRESETS)}.{did_you_mean(name, PRESETS)}")
     given = {
         "levels": tuple(levels),
         "num_classes": num_classes,
@@ -179,27 +193,26 @@ def preset_config(
     for key in overrides:
         if key not in adjustable:
             raise CodesError(
-                f"prior option '{key}': expected one of {', '.join(adjustable)}.{_nearest(key, adjustable)}"
+                f"prior option '{key}': expected one of {', '.join(adjustable)}.{did_you_mean(key, adjustable)}"
             )
     return PriorConfig(**{**given, **PRESETS[name], **overrides})
 
 
 def check_keys(what: str, values: Mapping[str, Any], kind: type[LevelShape] | type[PriorConfig]) -> None:
-    """Raises CodesError unless the keys of `values` are exactly the fields of the dataclass `kind`."""
+    """Raises CodesError unless `values` is an object whose keys are exactly the fields of the dataclass `kind`."""
+    if not isinstance(values, Mapping):
+        raise CodesError(f"{what}: expected an object, found {values!r}.")
     expected = [field.name for field in fields(kind)]
     for key in values:
         if key not in expected:
-            raise CodesError(f"{what}: unknown key '{key}', expected {', '.join(expected)}.{_nearest(key, expected)}")
+            raise CodesError(
+                f"{what}: unknown key '{key}', expected {', '.join(expected)}.{did_you_mean(key, expected)}"
+            )
     missing = [key for key in expected if key not in values]
     if missing:
         raise CodesError(f"{what}: missing {', '.join(missing)}.")
 
 
-def _check_count(what: str, value: object, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise CodesError(f"{what}: expected a whole number of at least {minimum}, found {value!r}.")
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    matches = get_close_matches(name, list(known), n=1)
-    return f" Did you mean '{matches[0]}'?" if matches else ""
+def _check_count(what: str, value: object, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise CodesError(f"{what}: expected a whole number in {low}..{high}, found {value!r}.")

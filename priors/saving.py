@@ -6,7 +6,7 @@ from pathlib import Path
 
 from priors.config import PriorConfig
 from priors.hierarchy import Prior
-from vqmill.checkpoint import load_checkpoint, save_checkpoint
+from vqmill.checkpoint import build_module, load_checkpoint, save_checkpoint
 from vqmill.errors import CodesError
 
 FILE_NAME = "prior.safetensors"
@@ -41,11 +41,11 @@ def load(path: Path | str) -> Prior:
         raise CodesError(
             f"{file}: the prior's configuration is missing from the metadata. Restore the file from a copy."
         )
-    prior = Prior(PriorConfig.from_dict(config))
     try:
-        prior.load_state_dict(tensors, strict=True)
-    except RuntimeError as error:
-        raise CodesError(f"{file}: the weights do not fit the configuration beside them ({error}).") from error
+        parsed = PriorConfig.from_dict(config)
+        prior = build_module(lambda: Prior(parsed), tensors)
+    except CodesError as error:
+        raise CodesError(f"{file}: {error}") from error
     if prior.fingerprint != metadata.get("fingerprint"):
         raise CodesError(
             f"{file}: expected weights of fingerprint {metadata.get('fingerprint')}, found {prior.fingerprint}. Restore the file from a copy."

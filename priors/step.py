@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -26,29 +25,24 @@ class PriorStep(nn.Module):
         level: the name of the level to train.
     """
 
-    num_updates: Tensor
-
     def __init__(self, prior: Prior, level: str) -> None:
         super().__init__()
         self.level_prior: LevelPrior = prior.level_prior(level)
-        self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
 
     def forward(self, batch: Mapping[str, Tensor]) -> StepOutput:
         """The loss of a micro-batch: nats per code, with `bits_per_code` beside it.
 
-        What dropout and hidden labels draw is a function of `num_updates` and the batch: the global generators end as they began,
-        and a resumed run draws what an uninterrupted one would have.
+        In training mode dropout and hidden labels draw from torch's global generator: the trainer seeds it before each step, so that a
+        resumed run draws what an uninterrupted one would have.
 
         Args:
             batch: this and all coarser levels by name, integers of any kind [N, h, w]; `label` int64 [N] unless num_classes is 0.
         """
-        with self._own_randomness(batch):
-            loss = level_nats(self.level_prior, batch).mean()
+        loss = level_nats(self.level_prior, batch).mean()
         return StepOutput(loss=loss, metrics={"bits_per_code": loss.detach() / math.log(2)})
 
     def update(self, sums: Mapping[str, Tensor], pools: Mapping[str, Tensor], generator: torch.Generator) -> None:
-        """Counts an optimizer step; a prior has no statistics and draws nothing from the generator."""
-        self.num_updates += 1
+        """Does nothing: a prior has no statistics beside its weights. Part of what the trainer expects of a step."""
 
     def evaluate(self, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
         """Mean over all codes of all batches, without dropout: `loss` in nats per code and `bits_per_code`.
@@ -65,21 +59,3 @@ class PriorStep(nn.Module):
         if not count:
             raise CodesError("nothing to evaluate a prior on: expected at least one batch of codes.")
         return {"loss": total / count, "bits_per_code": total / count / math.log(2)}
-
-    @contextmanager
-    def _own_randomness(self, batch: Mapping[str, Tensor]) -> Iterator[None]:
-        """Seeds torch's generators from the update and the batch inside, and puts them back afterwards."""
-        if not self.level_prior.training:
-            yield
-            return
-        device = self.num_updates.device
-        codes = batch[self.level_prior.shape.name].long().flatten()
-        # Different micro-batches of one update, here or on other ranks, hold other codes and so draw other noise.
-        mixed = (codes * torch.arange(1, 2 * codes.numel(), 2, device=codes.device)).sum()
-        seed = (int(mixed) * 1_000_003 + int(self.num_updates) * 2_654_435_761) % 2**63
-        with torch.random.fork_rng(devices=[device.index] if device.type == "cuda" else []):
-            torch.default_generator.manual_seed(seed)
-            if device.type == "cuda":
-                with torch.cuda.device(device):
-                    torch.cuda.manual_seed(seed)
-            yield

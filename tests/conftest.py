@@ -38,7 +38,7 @@ def real_data() -> Path:
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A small generated corpus in three tar shards: 300 good images of 16x16 pixels in four classes, as a brace pattern."""
     folder = tmp_path_factory.mktemp("scenes")
-    write_corpus(folder, images=300, shards=3, side=16)
+    write_corpus(folder, num_images=300, num_shards=3, side=16)
     return str(folder / "scenes-{000000..000002}.tar")
 
 

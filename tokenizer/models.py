@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tokenizer.config import TokenizerConfig, nearest_name
+from tokenizer.config import TokenizerConfig
 from tokenizer.decoders import HalfDecoder, QuarterDecoder
 from tokenizer.encoders import HalfEncoder, QuarterEncoder
 from tokenizer.quantizers import EMAQuantizer, Quantized
 from vqmill.checkpoint import fingerprint
 from vqmill.errors import CodesError
+from vqmill.settings import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -218,7 +219,7 @@ class Tokenizer(nn.Module):
         names = self.config.level_names
         for name in codes:
             if name not in names:
-                raise CodesError(f"level '{name}': expected {', '.join(names)}.{nearest_name(name, names)}")
+                raise CodesError(f"level '{name}': expected {', '.join(names)}.{did_you_mean(name, names)}")
         missing = [name for name in names if name not in codes]
         if missing:
             raise CodesError(f"codes: level {', '.join(missing)} is missing; all of {', '.join(names)} are needed.")

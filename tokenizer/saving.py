@@ -6,12 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tokenizer.config import TokenizerConfig
 from tokenizer.models import Tokenizer
-from vqmill.checkpoint import dump_checkpoint, fingerprint, load_checkpoint, parse_checkpoint, save_checkpoint
+from vqmill.checkpoint import (
+    build_module,
+    dump_checkpoint,
+    fingerprint,
+    load_checkpoint,
+    parse_checkpoint,
+    save_checkpoint,
+)
 from vqmill.errors import CodesError
 
 FILE_NAME = "tokenizer.safetensors"
@@ -62,7 +68,8 @@ def _checked(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], path: s
     if metadata.get("kind") != KIND or not isinstance(config, Mapping):
         raise CodesError(f"{path}: expected a tokenizer, found {metadata.get('kind')!r}.")
     try:
-        model = _build(TokenizerConfig.from_dict(config), tensors)
+        parsed = TokenizerConfig.from_dict(config)
+        model = build_module(lambda: Tokenizer(parsed), tensors)
     except CodesError as error:
         raise CodesError(f"{path}: {error}") from error
     found = fingerprint(tensors, config)
@@ -72,22 +79,3 @@ def _checked(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], path: s
             "The file was changed after it was saved; restore it from a copy."
         )
     return model.eval()
-
-
-def _build(config: TokenizerConfig, tensors: Mapping[str, Tensor]) -> Tokenizer:
-    with torch.device("meta"):  # shapes only: nothing is allocated or drawn before the file is known to fit
-        model = Tokenizer(config)
-    expected, found = _shapes(model.state_dict()), _shapes(tensors)
-    if expected != found:
-        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-        name = wrong[0]
-        raise CodesError(
-            f"the weights do not fit the configuration: {len(wrong)} differ, first '{name}': expected {expected.get(name, 'nothing')}, "
-            f"found {found.get(name, 'nothing')}."
-        )
-    model.load_state_dict(tensors, strict=True, assign=True)
-    return model
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    return {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items()}

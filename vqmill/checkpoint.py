@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vqmill.errors import CodesError, UsageError
 from vqmill.files import JsonValue, canonical_json, write_whole
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 METADATA_KEY = "vqmill"
+Module = TypeVar("Module", bound="nn.Module")
 
 
 def save_checkpoint(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -77,6 +78,39 @@ def parse_checkpoint(data: bytes, source: str) -> tuple[dict[str, Tensor], dict[
     if not isinstance(metadata, dict):
         raise CodesError(f"{source}: its '{METADATA_KEY}' metadata is {type(metadata).__name__}, expected an object.")
     return tensors, metadata
+
+
+def build_module(build: Callable[[], Module], tensors: Mapping[str, Tensor]) -> Module:
+    """The network of a checkpoint file that may be anybody's.
+
+    Names, dtypes and shapes are compared before anything is allocated or drawn, so a file's configuration can demand no more memory
+    than the file's own tensors take. torch's generators stay as they are.
+
+    Args:
+        build: makes the network from the file's configuration; it runs on torch's `meta` device.
+        tensors: what `load_checkpoint` gave; the network keeps them as they are, without a copy.
+
+    Raises:
+        CodesError: the tensors are not exactly those of the network; the first that differs is named.
+    """
+    import torch
+
+    with torch.device("meta"):  # shapes only
+        module = build()
+    expected, found = _shapes(module.state_dict()), _shapes(tensors)
+    if expected != found:
+        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        name = wrong[0]
+        raise CodesError(
+            f"the weights do not fit the configuration: {len(wrong)} differ, first '{name}': expected {expected.get(name, 'nothing')}, "
+            f"found {found.get(name, 'nothing')}."
+        )
+    module.load_state_dict(tensors, strict=True, assign=True)
+    return module
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    return {name: f"{tensor.dtype} {list(tensor.shape)}" for name, tensor in tensors.items()}
 
 
 def fingerprint(tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> str:

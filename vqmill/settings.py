@@ -1,12 +1,42 @@
-"""Compares the settings of two runs, so that an output is resumed by the same job and refused to another."""
+"""Compares the settings of two runs, so that an output is resumed by the same job and refused to another; and names of settings."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from difflib import get_close_matches
 from typing import Any
 
+from vqmill.errors import UsageError
 from vqmill.files import JsonValue
+
+
+def refuse_other_settings(place: str, found: Mapping[str, Any], wanted: Mapping[str, Any], advice: str) -> None:
+    """Says how an output that is there was made differently.
+
+    Args:
+        place: names it.
+        found: the settings it was made with.
+        wanted: those of now.
+        advice: what to do.
+
+    Raises:
+        UsageError: they differ; each difference has a line.
+    """
+    differences = list(different_settings(found, wanted))
+    if differences:
+        listing = "\n".join(f"  {line}" for line in differences)
+        raise UsageError(f"{place}: exists with other settings:\n{listing}\n{advice}")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of an error message about a name: the nearest known one, or nothing when none is near.
+
+    >>> did_you_mean("rgb23", ["grey28", "rgb32"])
+    " Did you mean 'rgb32'?"
+    """
+    near = get_close_matches(name, list(known), n=1)
+    return f" Did you mean '{near[0]}'?" if near else ""
 
 
 def different_settings(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> Iterator[str]:

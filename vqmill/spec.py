@@ -96,10 +96,10 @@ class StoreSpec:
     Attributes:
         levels: coarse to fine; one level is called `codes`, two are `top` and `bottom`.
         rows_per_shard: rows of one Zarr shard, the same at every level.
-        tokenizer: at least `fingerprint`, `preset` and `precision`.
-        preprocessing: at least `size`, `crop`, `decoder`.
-        corpus: `description`, `num_samples`, `class_names`, `skipped`.
-        segments: in commit order.
+        tokenizer: `fingerprint` always; `preset`, `precision`, `batch_size` and `computed_on` when the codes were made by encoding.
+        preprocessing: at least `size`, `crop` and `decoder` of encoded images; empty for codes that a prior drew.
+        corpus: `description`, `num_samples`, `class_names` and `skipped` of encoded images; `sampled` of codes that a prior drew.
+        segments: in commit order; one at least in all that our commands write.
         num_rows: committed rows; what readers trust.
         num_commits: committed Zarr shards.
         complete: whether the whole plan is in.
@@ -133,7 +133,11 @@ class StoreSpec:
             raise CodesError(f"rows per Zarr shard must be at least 1, got {self.rows_per_shard}.")
 
     def level(self, name: str) -> LevelSpec:
-        """The level of that name."""
+        """The level of that name.
+
+        Raises:
+            CodesError: no such level.
+        """
         for level in self.levels:
             if level.name == name:
                 return level
@@ -149,13 +153,18 @@ class StoreSpec:
         return replace(self, num_rows=num_rows, num_commits=num_commits, complete=complete)
 
     def settings(self) -> dict[str, Any]:
-        """All that two runs must share to write the same store: everything but the progress and the corpus's address."""
+        """All that two runs must share to write the same codes.
+
+        Left out: the progress, all but the last segment's plan, and of the corpus its address (`description`) and the files beside
+        its samples (`skipped`), which come and go without changing a code; the plan's digest says which samples there are.
+        """
         attributes = self.to_attributes()
         for progress in ("num_rows", "num_commits", "complete"):
             del attributes[progress]
         attributes["levels"] = {level.pop("name"): level for level in attributes["levels"]}
         attributes["plan"] = attributes.pop("segments")[-1]["plan"] if self.segments else None
-        attributes["corpus"].pop("description", None)
+        for free in ("description", "skipped"):
+            attributes["corpus"].pop(free, None)
         return attributes
 
     def to_attributes(self) -> dict[str, Any]:

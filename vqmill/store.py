@@ -116,6 +116,10 @@ class LevelArray:
         return np.where(rows < 0, rows + self._num_rows, rows)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
+        if copy is False:
+            raise ValueError(
+                f"{self._name} is on a disk: it becomes an array only by being copied, so copy=False cannot be had."
+            )
         return np.asarray(self[:], dtype=dtype)
 
 
@@ -167,7 +171,11 @@ class Codes:
         return tuple(self.spec.corpus.get("class_names") or ())
 
     def samples(self, start: int = 0, stop: int | None = None) -> pa.Table:
-        """What is known of rows start..stop-1: key, source, label, caption, size (docs/format.md has the columns)."""
+        """What is known of rows start..stop-1: key, source, label, caption, size (docs/format.md has the columns).
+
+        Raises:
+            CodesError: a part of the table is missing or damaged.
+        """
         import pyarrow as pa
 
         from vqmill.tables import SAMPLES_SCHEMA
@@ -185,8 +193,35 @@ class Codes:
         ]
         return pa.concat_tables(parts).slice(first - begin * rows_per_shard, last - first)
 
+    def sample_keys(self) -> list[str]:
+        """Every row's sample key: one column of `samples()`, read part by part.
+
+        Raises:
+            CodesError: a part of the samples table is missing or damaged.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        keys: list[str] = []
+        for shard in range(self.spec.num_commits):
+            path = self.path / layout.samples_file(shard)
+            try:
+                table = pq.read_table(path, columns=["key"], partitioning=None)  # pyright: ignore[reportUnknownMemberType]
+                keys += cast("list[str]", table["key"].to_pylist())
+            except (OSError, pa.ArrowException, KeyError) as error:
+                raise CodesError(f"{path}: cannot be read ({error}). See: vqmill verify {self.path}") from error
+        if len(keys) != len(self):
+            raise CodesError(
+                f"{self.path}: {len(keys):,} rows of samples, but {len(self):,} of codes. See: vqmill verify {self.path}"
+            )
+        return keys
+
     def quarantine(self) -> pa.Table:
-        """The samples that were set aside, with the reason for each."""
+        """The samples that were set aside, with the reason for each.
+
+        Raises:
+            CodesError: a part of the table is missing or damaged.
+        """
         import pyarrow as pa
 
         from vqmill.tables import QUARANTINE_SCHEMA
@@ -230,7 +265,11 @@ class Codes:
         )  # fmt: skip
 
     def table(self, name: str, schema: pa.Schema, rows: int | None = None) -> pa.Table:
-        """One Parquet part, with exactly these columns and (when given) so many rows."""
+        """One Parquet part, with exactly these columns and (when given) so many rows.
+
+        Raises:
+            CodesError: the part cannot be read, or has other columns or another number of rows.
+        """
         import pyarrow as pa
         import pyarrow.parquet as pq
 

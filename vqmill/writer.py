@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from vqmill import layout
 from vqmill.errors import CodesError, UsageError
-from vqmill.files import PARTIAL_SUFFIX, canonical_json, hold_lock, sealed, sync_folder, write_whole
-from vqmill.settings import different_settings
+from vqmill.files import canonical_json, hold_lock, sealed, sync_folder, write_whole
+from vqmill.settings import refuse_other_settings
 from vqmill.spec import StoreSpec
 
 if TYPE_CHECKING:
@@ -165,7 +165,10 @@ class StoreWriter:
         try:
             if (store / "zarr.json").exists():
                 self.spec = layout.read_spec(store)
-                _refuse_other_settings(store, self.spec, spec)
+                refuse_other_settings(
+                    str(store), self.spec.settings(), spec.settings(),
+                    "Choose another --out, or repeat the settings it was made with.",
+                )  # fmt: skip
             elif store.exists() and (not store.is_dir() or any(store.iterdir())):
                 raise UsageError(f"{store}: exists and is not a code store. Choose another --out, or remove it.")
             else:
@@ -216,8 +219,9 @@ class StoreWriter:
         self._publish(complete=False)
 
     def finish(self) -> None:
-        """Says that the whole plan is in."""
+        """Says that the whole plan is in, and nothing else: what orphaned processes of a killed job wrote meanwhile is removed."""
         if not self.spec.complete:
+            self._sweep()
             self._publish(complete=True)
 
     def _publish(self, *, complete: bool) -> None:
@@ -232,9 +236,9 @@ class StoreWriter:
                 write_whole(self.store / name, data)
 
     def _create(self) -> None:
-        beside = self.store.with_name(self.store.name + PARTIAL_SUFFIX)
+        beside = self.store.with_name(f".{self.store.name}.new")  # a name that only we use, as that of the lock
         if beside.exists():
-            shutil.rmtree(beside)  # ours: the lock is held, and a store is renamed before its first row
+            shutil.rmtree(beside)  # left by a killed job: the lock is held, and a store is renamed before its first row
         for name, data in layout.array_metadata(self.spec).items():
             write_whole(beside / name, data)
         write_whole(beside / "zarr.json", layout.group_metadata(self.spec))
@@ -246,7 +250,7 @@ class StoreWriter:
         known = set(committed_files(self.spec, self.commits))
         for path in files_of(self.store):
             if path.relative_to(self.store).as_posix() not in known:
-                path.unlink()
+                path.unlink(missing_ok=True)  # an orphan may rename its half-written file under our hands
 
 
 def committed_files(spec: StoreSpec, commits: list[Commit]) -> Iterator[str]:
@@ -263,12 +267,3 @@ def files_of(store: Path) -> Iterator[Path]:
     for path in sorted(store.rglob("*")):
         if path.is_symlink() or not path.is_dir():
             yield path
-
-
-def _refuse_other_settings(store: Path, found: StoreSpec, wanted: StoreSpec) -> None:
-    differences = list(different_settings(found.settings(), wanted.settings()))
-    if differences:
-        listing = "\n".join(f"  {line}" for line in differences)
-        raise UsageError(
-            f"{store}: exists with other settings:\n{listing}\nChoose another --out, or repeat the settings it was made with."
-        )

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from pipelines.corpus.decoding import decode_sample
 from pipelines.corpus.images import Preprocessing
-from pipelines.corpus.plan import Plan
-from pipelines.corpus.problems import BadImage, CorpusError
-from pipelines.corpus.samples import list_samples, load_sample
+from pipelines.corpus.plan import InputShard, Plan
+from pipelines.corpus.problems import BadImage, CorpusError, Problem
+from pipelines.corpus.samples import SampleRef, list_samples, load_sample
 from vqmill.errors import CodesError
 
 CERTAIN = 64  # with this many samples expected, a hold-out is empty once in e^64 corpora
@@ -68,7 +68,7 @@ def choose_holdout(plan: Plan, preprocessing: Preprocessing, fraction: float) ->
 
     Raises:
         CodesError: the fraction is out of range.
-        CorpusError: there are not two usable samples to divide.
+        CorpusError: there are not two usable samples to divide, or the fraction leaves none to train on.
     """
     if not 0 <= fraction < 1:
         raise CodesError(f"hold-out: the fraction must be at least 0 and below 1, not {fraction}.")
@@ -91,13 +91,19 @@ def choose_holdout(plan: Plan, preprocessing: Preprocessing, fraction: float) ->
             return Holdout(max(below, value + 1), forced=value >= below)
         break  # nothing would be left to train on
     raise CorpusError(
-        f"{plan.corpus}: it takes two usable images, one to train on and one to hold out, and there are fewer ({plan.num_samples} samples in all). "
-        "Add images, or hold out nothing (fraction 0)."
+        f"{plan.corpus}: it takes two usable images with different keys, one to train on and one to hold out, but a hold-out of "
+        f"{fraction:g} does not leave both ({plan.num_samples} samples in all). Add images, or hold out a smaller fraction; "
+        f"what is wrong with samples says: vqmill inspect '{plan.corpus}'"
     )
 
 
 def holdout_batches(
-    plan: Plan, preprocessing: Preprocessing, fraction: float, batch_size: int, limit: int | None = None
+    plan: Plan,
+    preprocessing: Preprocessing,
+    fraction: float,
+    batch_size: int,
+    limit: int | None = None,
+    problems: dict[str, Problem] | None = None,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """The held-out samples, cropped at the centre, the same ones in the same order every time.
 
@@ -109,9 +115,10 @@ def holdout_batches(
         fraction: as for training, above 0.
         batch_size: B; the last batch may be smaller.
         limit: at most this many samples.
+        problems: takes up the held-out samples that were met and left out, named by `sample_name`.
 
     Yields:
-        `images`: uint8 [B, C, S, S]; `label`: int64 [B], -1 for none. Samples that do not decode are left out.
+        `images`: uint8 [B, C, S, S]; `label`: int64 [B], -1 for none. Samples that do not decode are left out, see `problems`.
 
     Raises:
         CodesError: the fraction is out of range or 0.
@@ -124,29 +131,40 @@ def holdout_batches(
         _log.warning(
             "%s: a hold-out of %g caught no usable sample, so one sample is held out alone", plan.corpus, fraction
         )
-    found = islice(_held_out(plan, preprocessing, holdout), limit)
+    found = islice(_held_out(plan, preprocessing, holdout, {} if problems is None else problems), limit)
     empty = True
     while batch := list(islice(found, batch_size)):
         empty = False
         yield to_batch([pixels for pixels, _ in batch], [label for _, label in batch])
     if empty:
         raise CorpusError(
-            f"{plan.corpus}: none of the held-out images can be decoded. Look at its problems with: vqmill inspect"
+            f"{plan.corpus}: none of the held-out images can be decoded. Look at its problems with: vqmill inspect '{plan.corpus}'"
         )
 
 
-def _held_out(plan: Plan, preprocessing: Preprocessing, holdout: Holdout) -> Iterator[tuple[NDArray[np.uint8], int]]:
-    """Pixels and labels of the held-out samples that decode."""
+def _held_out(
+    plan: Plan, preprocessing: Preprocessing, holdout: Holdout, problems: dict[str, Problem]
+) -> Iterator[tuple[NDArray[np.uint8], int]]:
+    """Pixels and labels of the held-out samples that decode; the others go to `problems`."""
     for shard in sorted(plan.shards, key=lambda shard: hash_of_key(shard.name)):
         for ref in list_samples(shard):
-            if ref.problem is not None or ref.key not in holdout:
+            if ref.key not in holdout:
+                continue
+            if ref.problem is not None:
+                problems[sample_name(shard, ref)] = ref.problem
                 continue
             sample = load_sample(shard, ref)
             try:
                 pixels = decode_sample(sample, preprocessing).pixels
-            except BadImage:
+            except BadImage as bad:
+                problems[sample_name(shard, ref)] = bad.problem
                 continue
             yield pixels, -1 if sample.label is None else sample.label
+
+
+def sample_name(shard: InputShard, ref: SampleRef) -> str:
+    """What a sample is called where problems are listed: its key, for tars `SHARD[INDEX] KEY` since keys need not be unique there."""
+    return f"{shard.name}[{ref.index}] {ref.key}" if shard.kind == "tar" else ref.key
 
 
 def to_batch(images: Sequence[NDArray[np.uint8]], labels: Sequence[int]) -> dict[str, torch.Tensor]:

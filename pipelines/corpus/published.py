@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from urllib.parse import unquote
 
 from pipelines.corpus.idx import read_idx_shape
 from pipelines.corpus.problems import CorpusError
+from vqmill.settings import did_you_mean
 
 PREFIX = "torchvision:"
 SUPPORTED = ("MNIST", "FashionMNIST", "KMNIST")
@@ -86,9 +86,8 @@ def _parse(corpus: str) -> tuple[str, str, str]:
     for pair in filter(None, query.split("&")):
         option, equals, value = pair.partition("=")
         if option not in ("root", "split") or not equals:
-            near = get_close_matches(option, ("root", "split"), n=1)
             raise CorpusError(
-                f"{corpus}: unknown option {pair!r}{f', did you mean {near[0]}=?' if near else ''} The form is {_FORM}"
+                f"{corpus}: unknown option {pair!r}.{did_you_mean(option, ('root', 'split'))} The form is {_FORM}"
             )
         options[option] = unquote(value)
     if not options.get("root"):

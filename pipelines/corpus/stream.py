@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from pipelines.corpus.decoding import decode_sample
-from pipelines.corpus.holdout import choose_holdout, to_batch
+from pipelines.corpus.holdout import choose_holdout, sample_name, to_batch
 from pipelines.corpus.images import Augmentation, Preprocessing, View
 from pipelines.corpus.plan import InputShard, Plan
 from pipelines.corpus.problems import BadImage, CorpusError, Problem
@@ -230,7 +230,7 @@ class TrainingStream(Iterator[dict[str, torch.Tensor]]):
         try:
             pixels = decode_sample(sample, self._preprocessing, item.view).pixels
         except BadImage as bad:
-            return _Result(item.cursor, _name(item.shard, item.ref), bad.problem)
+            return _Result(item.cursor, sample_name(item.shard, item.ref), bad.problem)
         return _Result(item.cursor, "", pixels, -1 if sample.label is None else sample.label)
 
     def _items(self, executor: ThreadPoolExecutor) -> Iterator[_Item]:
@@ -272,7 +272,7 @@ class TrainingStream(Iterator[dict[str, torch.Tensor]]):
             if start < stop:
                 listed.extend((shard, ref) for ref in islice(list_samples(shard, start), stop - start))
             begin += shard.num_samples
-        problems = {_name(shard, ref): ref.problem for shard, ref in listed if ref.problem is not None}
+        problems = {sample_name(shard, ref): ref.problem for shard, ref in listed if ref.problem is not None}
         kept = [entry for entry in listed if entry[1].problem is None and entry[1].key not in self.holdout]
         random = _random(self._seed, epoch, number + 1)
         entries = [kept[place] for place in random.permutation(len(kept))]
@@ -282,8 +282,3 @@ class TrainingStream(Iterator[dict[str, torch.Tensor]]):
 def _random(*numbers: int) -> np.random.Generator:
     """A generator that is a function of the numbers alone."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(numbers)))
-
-
-def _name(shard: InputShard, ref: SampleRef) -> str:
-    """What a sample is called among the quarantined."""
-    return f"{shard.name}[{ref.index}] {ref.key}" if shard.kind == "tar" else ref.key

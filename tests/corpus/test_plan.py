@@ -193,7 +193,7 @@ def test_what_changes_after_planning_is_a_row(folder: Path, shards: Path) -> Non
         ("torchvision:FashionMNIS?root=x", "MNIST, FashionMNIST"),
         ("torchvision:CIFAR10?root=x", "tar shards"),
         ("torchvision:MNIST", "root= is missing"),
-        ("torchvision:MNIST?rot=x", "did you mean root="),
+        ("torchvision:MNIST?rot=x", "Did you mean 'root'?"),
         ("torchvision:MNIST?root=x&split=val", "train, test, all"),
     ],
 )

@@ -16,6 +16,7 @@ import pipelines.fit
 import tokenizer
 import vqmill
 from pipelines.cli import app
+from pipelines.options import FitFlags
 from vqmill.verify import verify_store
 
 COMMANDS = ("train-tokenizer", "tokenize", "inspect", "verify", "decode", "train-prior", "sample", "demo", "doctor")
@@ -284,6 +285,11 @@ def test_verify_names_damage_with_exit_code_1(
         (("train-tokenizer", "SCENES", "--out", "OUT", "--holdout", "1"), "between 0 and 1"),
         (("train-tokenizer", "SCENES", "--out", "OUT", "--batch-size", "7", "--workers", "2"), "multiple of 2"),
         (("train-tokenizer", "SCENES", "--out", "OUT", "--config", "NOWHERE"), "cannot be read"),
+        (("train-tokenizer", "SCENES", "--out", "OUT", "--workers", "0"), "at least 1"),
+        (("train-tokenizer", "SCENES", "--out", "OUT", "--seed", "-1"), "not be negative"),
+        (("train-tokenizer", "SCENES", "--out", "OUT", "--learning-rate", "nan"), "positive"),
+        (("train-tokenizer", "FOLDER", "--out", "FOLDER/out"), "lies inside the corpus"),
+        (("tokenize", "FOLDER", "--tokenizer", "TOKENIZER", "--out", "FOLDER/out"), "lies inside the corpus"),
         (("train-tokenizer", "SCENES"), "--out"),
         (("tokenise", "SCENES"), 'Did you mean "tokenize"'),
         (("tokenize", "NOWHERE", "--tokenizer", "TOKENIZER", "--out", "OUT"), "no such file or folder"),
@@ -306,7 +312,10 @@ def test_what_cannot_be_is_said_before_any_work(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    folder = str(Path(scenes).parent)
     places = {
+        "FOLDER": folder,
+        "FOLDER/out": f"{folder}/out",
         "SCENES": scenes,
         "TOKENIZER": str(tokenizer_folder),
         "NOWHERE": str(tmp_path / "nowhere"),
@@ -334,3 +343,26 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     report = last_json(capsys)
     assert report["versions"]["torch"]
     assert report["devices"]
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_the_demo_ends_in_a_picture_and_goes_on_when_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import pipelines.demo
+
+    monkeypatch.setattr(pipelines.demo, "IMAGES", 64)
+    monkeypatch.setattr(pipelines.demo, "CONFIG", TINY.replace("size = 16", "size = 32") + "start_step = 1\n")
+    monkeypatch.setattr(pipelines.demo, "TOKENIZER_FLAGS", FitFlags(steps=4, batch_size=8, device="cpu"))
+    monkeypatch.setattr(pipelines.demo, "PRIOR_FLAGS", FitFlags(steps=2, device="cpu"))
+    out = tmp_path / "demo"
+    assert run("demo", "--out", out, "--json") == 0
+    assert last_json(capsys)["picture"] == str(out / "demo.png")
+    with Image.open(out / "demo.png") as picture:
+        assert picture.width > 5 * 4 * 64
+    (out / "demo.png").unlink()
+    assert run("demo", "--out", out) == 0
+    assert (out / "demo.png").exists()
+    assert run("decode", out / "codes.zarr", "--out", tmp_path / "x.png") == 0, "the store knows its tokenizer"
+    (tmp_path / "mine").mkdir()
+    assert run("demo", "--out", tmp_path / "mine") == 2

@@ -90,6 +90,16 @@ def test_unknown_names_are_answered_with_the_nearest():
         {"depth": 8.0},
         {"horizontal": 0},
         {"num_layers": -1},
+        {"num_layers": 10**9},
+        {"num_classes": 10**9},
+        {"depth": 10**9},
+        {"horizontal": 10**9},
+        {"vertical": 10**9},
+        {"num_output_blocks": 10**9},
+        {"num_condition_blocks": 10**9},
+        {"levels": tuple(LevelShape(f"level{number}", 5, (2, 2)) for number in range(9))},
+        {"preset": 3},
+        {"tokenizer_fingerprint": None},
         {"norm": 1},
         {"dropout": 1.0},
         {"dropout": float("nan")},
@@ -101,10 +111,35 @@ def test_bad_values_are_refused(wrong):
         replace(BASE, **wrong)
 
 
-@pytest.mark.parametrize("shape", [("", 5, (2, 2)), ("top", 0, (2, 2)), ("top", 5, (2,)), ("top", 5, (2, 0))])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        ("", 5, (2, 2)),
+        (3, 5, (2, 2)),
+        ("top", 0, (2, 2)),
+        ("top", 10**9, (2, 2)),
+        ("top", 5, (2,)),
+        ("top", 5, (2, 0)),
+        ("top", 5, (2, 10**9)),
+        ("top", 5, 3),
+        ("top", 5, None),
+        ("top", 5, "ab"),
+    ],
+)
 def test_bad_levels_are_refused(shape):
     with pytest.raises(CodesError, match=r"level|grid"):
         LevelShape(*shape)
+
+
+@pytest.mark.parametrize("value", [None, 3, 1.5, True, "ab", {}, {"top": 1}, [], [None], [3], ["top"], [[]], [{}]])
+@pytest.mark.parametrize("key", BASE.to_dict())
+def test_other_kinds_of_values_are_refused_and_nothing_else_is_raised(key, value):
+    try:
+        PriorConfig.from_dict(BASE.to_dict() | {key: value})
+    except CodesError:
+        return
+    assert key != "levels"
+    assert isinstance(value, type(BASE.to_dict()[key]))
 
 
 def test_another_tokenizer_is_refused_by_name():

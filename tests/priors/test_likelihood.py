@@ -47,6 +47,33 @@ def test_leave_one_out_matches_a_plain_loop():
     assert baselines(codes, 3).unigram == pytest.approx(np.mean(bits))
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int64])
+@pytest.mark.parametrize("held_out", [False, True])
+def test_the_bigram_matches_a_plain_loop_in_every_dtype(dtype, held_out):
+    generator = np.random.default_rng(2)
+    codes, other = generator.integers(0, 250, (2, 5, 4, 3)).astype(dtype) // 60
+    train = other if held_out else codes
+    size, own = 5, 0 if held_out else 1
+
+    def pairs(array):
+        for grid in array.tolist():
+            for y, row in enumerate(grid):
+                for x, code in enumerate(row):
+                    yield (row[x - 1] if x else grid[y - 1][0] if y else None), code
+
+    known, bits = list(pairs(train)), []
+    for before, code in pairs(codes):
+        unigram = (sum(c == code for _, c in known) - own + 0.5) / (len(known) - own + 0.5 * size)
+        if before is None:
+            bits.append(-math.log2(unigram))
+            continue
+        seen = sum(pair == (before, code) for pair in known) - own
+        context = sum(b == before for b, _ in known) - own
+        bits.append(-math.log2((seen + math.sqrt(size) * unigram) / (context + math.sqrt(size))))
+    found = baselines(codes, size, other if held_out else None)
+    assert found.bigram == pytest.approx(np.mean(bits))
+
+
 @pytest.mark.parametrize(
     "codes", [np.zeros((0, 2, 2), int), np.zeros((2, 2), int), np.full((1, 2, 2), 4), -np.ones((1, 2, 2), int)]
 )

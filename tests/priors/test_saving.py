@@ -45,7 +45,19 @@ def test_wrong_files_are_refused(toy, tmp_path):
         (tensors, {"kind": "prior"}, "configuration is missing"),
         ({k: v for k, v in tensors.items() if k != name}, metadata, "do not fit"),
         (tensors | {name: tensors[name] + 1}, metadata, "fingerprint"),
+        (tensors | {name: tensors[name].double()}, metadata, "do not fit"),
         (tensors, metadata | {"config": metadata["config"] | {"deepth": 1}}, "unknown key"),
+        (
+            tensors,
+            metadata | {"config": metadata["config"] | {"levels": None}},
+            r"prior\.safetensors: levels: expected a list",
+        ),
+        (tensors, metadata | {"config": metadata["config"] | {"depth": 10**9}}, r"prior\.safetensors: depth: expected"),
+        (
+            tensors,
+            metadata | {"config": metadata["config"] | {"depth": 1 << 14, "vertical": 64}},
+            "do not fit",
+        ),  # 2^44 bytes a layer
     ):
         save_checkpoint(file, changed_tensors, changed_metadata)
         with pytest.raises(CodesError, match=message):

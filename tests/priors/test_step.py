@@ -51,31 +51,26 @@ def test_only_its_level_is_trained(toy, toy_batch):
     train(step, toy_batch, 2)
     changed = {name.split(".")[1] for name, tensor in toy.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed == {"1"}
-    assert {name.split(".")[0] for name in step.state_dict()} == {"level_prior", "num_updates"}
+    assert {name.split(".")[0] for name in step.state_dict()} == {"level_prior"}
 
 
-def test_forward_is_pure_and_resumes_exactly(toy_batch):
-    def fresh():
-        torch.manual_seed(0)
-        levels = [LevelShape("top", 5, (2, 2)), LevelShape("bottom", 6, (4, 4))]
-        return PriorStep(from_preset("pixelcnn-tiny", levels, 3, "tok", depth=8, dropout=0.5, label_dropout=0.5), "top")
-
-    step = fresh()
-    state = torch.get_rng_state()
+def test_forward_is_pure_and_draws_from_the_seeded_generator(toy_batch):
+    torch.manual_seed(0)
+    levels = [LevelShape("top", 5, (2, 2)), LevelShape("bottom", 6, (4, 4))]
+    step = PriorStep(from_preset("pixelcnn-tiny", levels, 3, "tok", depth=8, dropout=0.5, label_dropout=0.5), "top")
     tensors = copy.deepcopy(step.state_dict())
-    first, again = step(toy_batch).loss, step(toy_batch).loss
-    assert torch.equal(state, torch.get_rng_state())
-    assert torch.equal(first, again)
-    assert all(torch.equal(tensor, tensors[name]) for name, tensor in step.state_dict().items())
+
+    def loss_of(seed):
+        torch.manual_seed(seed)
+        return step(toy_batch).loss
+
+    first = loss_of(1)
+    assert torch.equal(first, loss_of(1))
+    assert not torch.equal(first, loss_of(2))
     step.update({}, {}, torch.Generator())
-    moved = step(toy_batch).loss
-    assert not torch.equal(first, moved)  # dropout draws anew after an update
-    resumed = fresh()
-    resumed.load_state_dict(step.state_dict())
-    torch.manual_seed(99)
-    assert torch.equal(moved, resumed(toy_batch).loss)
-    shuffled = {name: tensor.flip(0) for name, tensor in toy_batch.items()}
-    assert not torch.allclose(moved, step(shuffled).loss)  # another micro-batch of the same update draws other noise
+    assert torch.equal(first, loss_of(1))
+    assert step.state_dict().keys() == tensors.keys()
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in step.state_dict().items())
 
 
 def test_evaluation_weighs_codes_alike_and_moves_nothing(toy, toy_batch):

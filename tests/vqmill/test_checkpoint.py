@@ -9,7 +9,14 @@ import safetensors.torch
 import torch
 
 from vqmill import CodesError
-from vqmill.checkpoint import dump_checkpoint, fingerprint, load_checkpoint, parse_checkpoint, save_checkpoint
+from vqmill.checkpoint import (
+    build_module,
+    dump_checkpoint,
+    fingerprint,
+    load_checkpoint,
+    parse_checkpoint,
+    save_checkpoint,
+)
 
 TENSORS = {
     "weight": torch.arange(12, dtype=torch.float32).reshape(3, 4),
@@ -148,3 +155,33 @@ def test_a_fingerprint_changes_with_any_value_name_or_dtype(name):
 def test_a_fingerprint_changes_with_the_configuration():
     configs = [{}, {"a": 1}, {"a": 2}, {"b": 1}, {"a": "1"}, {"a": [1]}, {"a": None}]
     assert len({fingerprint(TENSORS, config) for config in configs}) == len(configs)
+
+
+def test_a_network_is_built_around_the_tensors_of_a_file():
+    tensors = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.ones(2)}
+    state = torch.get_rng_state()
+    module = build_module(lambda: torch.nn.Linear(3, 2), tensors)
+    assert torch.equal(state, torch.get_rng_state())
+    assert torch.equal(module(torch.ones(1, 3)), torch.tensor([[4.0, 13.0]]))
+    assert all(parameter.requires_grad for parameter in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"bias": None}, "1 differ, first 'bias': expected torch.float32 [2], found nothing"),
+        ({"more": torch.ones(1)}, "first 'more': expected nothing, found torch.float32 [1]"),
+        ({"bias": torch.ones(3)}, "found torch.float32 [3]"),
+        ({"bias": torch.ones(2).double()}, "found torch.float64 [2]"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(changed, message):
+    tensors = {"weight": torch.zeros(2, 3), "bias": torch.ones(2)} | changed
+    with pytest.raises(CodesError) as caught:
+        build_module(lambda: torch.nn.Linear(3, 2), {k: v for k, v in tensors.items() if v is not None})
+    assert message in str(caught.value)
+
+
+def test_a_network_beyond_all_memory_is_refused_without_being_made():
+    with pytest.raises(CodesError, match="do not fit"):
+        build_module(lambda: torch.nn.Linear(1 << 25, 1 << 25), {"weight": torch.zeros(1, 1), "bias": torch.ones(1)})

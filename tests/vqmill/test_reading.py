@@ -239,6 +239,9 @@ def test_numpy_takes_a_level_whole(store, stores):
     bottom = vqmill.open_codes(store)["bottom"]
     np.testing.assert_array_equal(np.asarray(bottom), expected)
     assert np.asarray(bottom, dtype=np.int32).dtype == np.int32
+    np.testing.assert_array_equal(np.array(bottom, copy=True), expected)
+    with pytest.raises(ValueError, match="copy=False"):
+        np.array(bottom, copy=False)
     assert sum(1 for _ in bottom) == 21
 
 

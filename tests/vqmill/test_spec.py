@@ -100,7 +100,10 @@ def test_attributes_survive_json(stores):
 def test_settings_are_everything_but_the_progress(stores):
     spec = stores.two_levels
     assert spec.settings() == spec.with_progress(num_rows=5, num_commits=1, complete=True).settings()
+    for free in ({"description": "elsewhere"}, {"skipped": {"not an image: .txt": 3}}):
+        assert replace(spec, corpus={**spec.corpus, **free}).settings() == spec.settings()
     for change in (
+        {"corpus": {**spec.corpus, "num_samples": 25}},
         {"rows_per_shard": 4},
         {"tokenizer": {"fingerprint": "1"}},
         {"preprocessing": {}},

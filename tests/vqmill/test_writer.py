@@ -16,7 +16,8 @@ import vqmill
 from vqmill import CodesError, LevelSpec
 from vqmill import files as files_module
 from vqmill import writer as writer_module
-from vqmill.writer import Commit, Counts, Cursor, StoreWriter, different_settings, write_shard
+from vqmill.settings import different_settings
+from vqmill.writer import Commit, Counts, Cursor, StoreWriter, write_shard
 
 
 class Killed(BaseException):
@@ -65,7 +66,7 @@ def test_killed_after_every_single_write_and_resumed(tmp_path, stores, monkeypat
             assert read.quarantine().num_rows == read.spec.num_commits
         stores.write(path, spec, codes, labels)
         assert stores.files(path) == expected, f"killed after {after} writes"
-        assert [entry.name for entry in path.parent.iterdir() if "partial" in entry.name] == []
+        assert sorted(entry.name for entry in path.parent.iterdir()) == [".codes.zarr.lock", "codes.zarr"]
     assert seen == {0, 8, 16, 21}
 
 
@@ -129,6 +130,30 @@ def test_leftovers_are_swept(tmp_path, stores):
     assert stores.files(path) == before
     assert not (path / "link").is_symlink()
     assert (tmp_path / "outside").read_text() == "keep me"
+
+
+def test_what_orphans_of_a_killed_job_wrote_is_swept_before_a_store_is_complete(tmp_path, stores, monkeypatch):
+    """Writer processes may outlive a job that was killed, and write after the next job's first sweep."""
+    spec, codes = stores.two_levels, stores.codes(stores.two_levels, 21)
+    path = tmp_path / "codes.zarr"
+    with StoreWriter(stores.write(path, spec, codes, finish=False), spec) as writer:
+        for name in ("top/c/7/0/0", "samples/part-000007.parquet", "top/c/0/0/0.dead.partial"):
+            (path / name).parent.mkdir(parents=True, exist_ok=True)
+            (path / name).write_bytes(b"late")
+        publish = writer._publish
+        left = []
+        monkeypatch.setattr(writer, "_publish", lambda **options: (left.extend(stores.files(path)), publish(**options)))
+        writer.finish()
+    assert not [name for name in left if "7" in name or "dead" in name]
+    assert stores.files(path) == stores.files(stores.write(tmp_path / "other.zarr", spec, codes))
+
+
+def test_a_folder_of_somebody_else_beside_the_store_is_kept(tmp_path, stores):
+    """Training with `--out codes.zarr` works in `codes.zarr.partial`."""
+    (tmp_path / "codes.zarr.partial").mkdir()
+    (tmp_path / "codes.zarr.partial" / "resume.safetensors").write_bytes(b"hours of work")
+    stores.write(tmp_path / "codes.zarr", stores.two_levels, stores.codes(stores.two_levels, 3))
+    assert (tmp_path / "codes.zarr.partial" / "resume.safetensors").read_bytes() == b"hours of work"
 
 
 def test_a_finished_store_is_left_as_it_is(store, stores):
