@@ -39,7 +39,7 @@ start_step = 50
 [fit]
 warmup_steps = 50
 """
-TOKENIZER_FLAGS = FitFlags(steps=500, batch_size=64, learning_rate=2e-3, device="cpu")
+TOKENIZER_FLAGS = FitFlags(steps=400, batch_size=64, learning_rate=2e-3, device="cpu")
 PRIOR_FLAGS = FitFlags(steps=300, device="cpu")
 
 

@@ -33,7 +33,7 @@ num_residual_blocks = 1
 def run(*words: str | Path) -> int:
     """The exit code of `vqmill WORDS`."""
     try:
-        return app([str(word) for word in words])
+        return app([str(word) for word in words]) or 0  # --help returns nothing
     except SystemExit as end:
         return int(end.code or 0)
 
