@@ -189,6 +189,7 @@ def test_a_stopped_training_ends_as_an_uninterrupted_one(
     assert found[0] == found[1]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.*")  # Ray Train warns of itself
 @pytest.mark.usefixtures("ray_session")
 def test_two_workers_train_on_ray(scenes: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(scenes, tmp_path / "tok", "--workers", "2", "--json") == 0

@@ -58,7 +58,10 @@ def test_photographs_keep_labels_captions_and_sizes(real_data: Path, tokenizer_f
     assert len(samples) == 96
     for sample in samples:
         facts = json.loads(sample["json"])
-        assert (sample["label"], sample["width"], sample["height"]) == (facts["label"], facts["width"], facts["height"])
+        assert sample["label"] == facts["label"]
+        assert sorted((sample["width"], sample["height"])) == sorted((facts["width"], facts["height"])), (
+            "upright, by EXIF"
+        )
 
 
 def test_published_archives_are_read_in_place(

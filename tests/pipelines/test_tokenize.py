@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import filecmp
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -149,16 +149,29 @@ def test_an_input_shard_that_keeps_killing_its_actor_is_named(
                     return describe_device("cpu")
 
                 def encode(self, shard: Any, first_span: int) -> Any:
-                    if shard.index == 1:
-                        os._exit(9)
-                    yield from ()
+                    os._exit(9)
+                    yield
 
             return Dies.options(num_cpus=0)
 
     assert EncoderActor is not None
     monkeypatch.setattr(remote, "EncoderActor", Deadly)
-    with pytest.raises(RunFailed, match=r"scenes-000001\.tar \(number 1\) killed its worker 3 times"):
+    with pytest.raises(
+        RunFailed, match=r"scenes-000000\.tar \(number 0\) killed its worker 3 times, at samples 0\.\.255"
+    ):
         make(scenes, tokenizer_folder, tmp_path / "codes.zarr")
+
+
+def test_an_input_shard_that_ends_early_stops_the_job(scenes: str) -> None:
+    plan = plan_corpus(scenes)
+    longer = replace(plan.shards[2], num_samples=101)
+    from pipelines.tokenize import _Driver, _Running
+
+    driver = object.__new__(_Driver)
+    driver._plan = replace(plan, shards=(*plan.shards[:2], longer))
+    driver._seen, driver._first_span = Counter({2: 100}), {}
+    with pytest.raises(RunFailed, match="gave 100 samples, 101 were planned"):
+        driver._require_whole(_Running(2, None, 1))
 
 
 def bad_corpus(folder: Path) -> str:
@@ -257,4 +270,3 @@ def test_killed_jobs_end_as_a_quiet_one(reference: Path, scenes: str, tokenizer_
         path = out / f"bottom/c/{shard}/0/0"
         assert written.get(path) == path.stat().st_mtime_ns, "what was committed was written again"
     assert tree(out) == tree(reference)
-    assert not filecmp.dircmp(out, reference).left_only
