@@ -211,7 +211,7 @@ class _Driver:
                 *self._ray.get([actor.describe.remote() for actor in actors]),
             }
         except self._ray.exceptions.RayError as error:
-            raise RunFailed(f"an encoder worker did not start: {error}") from error
+            raise RunFailed(f"an encoder worker did not start: {str(error).strip().splitlines()[-1]}") from error
         if len(kinds) > 1:
             raise RunFailed(
                 f"the machines differ ({'; '.join(sorted(kinds))}), and so might their codes. Run on machines of one kind."

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -150,28 +151,32 @@ def _ray_rank(config: dict[str, Any]) -> None:
     _run_rank(config["job"], context, config["folder"])
 
 
-class _following:  # noqa: N801 - used as a function: `with _following(...)`
+@contextmanager
+def _following(path: Path, callback: Callable[[int, float], None]) -> Iterator[None]:
     """Calls back with (step, loss) as lines appear in a metrics file that another process writes."""
+    stop = threading.Event()
 
-    def __init__(self, path: Path, callback: Callable[[int, float], None]) -> None:
-        self._path, self._callback = path, callback
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._follow, name="metrics", daemon=True)
+    def follow() -> None:
+        while not stop.wait(POLL_SECONDS):
+            if newest := _newest_step(path):
+                callback(newest["step"], newest["loss"])
 
-    def __enter__(self) -> None:
-        self._thread.start()
+    thread = threading.Thread(target=follow, name="metrics", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
 
-    def _follow(self) -> None:
-        while not self._stop.wait(POLL_SECONDS):
-            if not self._path.exists():
-                continue
-            with self._path.open("rb") as file:
-                file.seek(max(0, self._path.stat().st_size - TAIL_BYTES))
-                whole = file.read().rpartition(b"\n")[0].split(b"\n")
-            steps = [record for line in whole[1:] if "learning_rate" in (record := json.loads(line))]
-            if steps:
-                self._callback(steps[-1]["step"], steps[-1]["loss"])
+def _newest_step(path: Path) -> dict[str, Any] | None:
+    """The last whole line about a training step near the end of a metrics file."""
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+        lines = file.read().split(b"\n")
+    # The first piece may begin, and the last may end, in the middle of a line.
+    steps = [record for line in lines[:-1] if line.startswith(b"{") and "learning_rate" in (record := json.loads(line))]
+    return steps[-1] if steps else None
