@@ -12,6 +12,7 @@ help: ## this list
 
 $(VENV)/.base: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
+	@echo "installing torch, ray and the rest into $(VENV): some minutes, once"
 	$(BIN)/pip install --quiet --editable .
 	@touch $@
 
@@ -26,7 +27,7 @@ $(VENV)/.bench: pyproject.toml $(VENV)/.base
 demo: $(VENV)/.base ## generated images through the whole chain, in under two minutes
 	$(BIN)/vqmill demo --out $(DEMO_OUT)
 
-test: $(VENV)/.dev ## all tests; those on real data run where $$VQMILL_DATA or ../shared/data is
+test: $(VENV)/.dev ## all tests; those on real data run where VQMILL_DATA or ../shared/data is
 	$(BIN)/pytest
 
 lint: $(VENV)/.dev ## format, lint, types and one-way imports

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import signal
 import sys
@@ -230,14 +231,21 @@ def _run(common: Common, job: Callable[[], Result]) -> int:
         return job().finish(as_json=common.json, seconds=time.monotonic() - start)
     except UsageError as error:
         errors.print(printable(f"error: {error}"))
-        return USAGE
+        return _failed(common, USAGE, str(error))
     except (CodesError, RunFailed, OSError) as error:
         errors.print(printable(f"error: {error}"))
         errors.print(f"To try again: {_command()}")
-        return FAILED
+        return _failed(common, FAILED, str(error))
     except KeyboardInterrupt:
-        errors.print(f"stopped. What was committed is safe; to go on: {_command()}")
-        return FAILED
+        errors.print(f"stopped. Committed rows and the last resume point are safe; to go on: {_command()}")
+        return _failed(common, FAILED, "stopped")
+
+
+def _failed(common: Common, code: int, error: str) -> int:
+    """Ends the output with a JSON line here too, when one was asked for."""
+    if common.json:
+        plain_console().print(json.dumps({"error": error, "exit_code": code}, ensure_ascii=False))
+    return code
 
 
 def _command() -> str:

@@ -79,7 +79,7 @@ class FitConfig:
     accumulate: int = 1
     precision: str = "fp32"
     validate_every: int = 500
-    save_every: int = 500
+    save_every: int = 100
     keep_best: bool = False
     seed: int = 0
 

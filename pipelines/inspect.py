@@ -16,9 +16,9 @@ from pipelines.corpus.problems import BadImage
 from pipelines.corpus.samples import RawSample, read_samples
 from pipelines.planning import planned
 from pipelines.progress import meter
-from pipelines.results import FAILED, Result
+from pipelines.results import FAILED, OK, QUARANTINED, Result
 from vqmill.layout import commit_file, read_spec
-from vqmill.spec import MISSING_LABEL
+from vqmill.spec import MISSING_LABEL, StoreSpec
 from vqmill.store import Codes
 from vqmill.verify import Verification, perplexity, verify_store
 from vqmill.writer import Commit, Counts
@@ -51,7 +51,11 @@ def verify(store: Path) -> Result:
         f"{store}: {found.rows:,} rows, {found.bytes_read / 1e6:,.1f} MB read; seen {counts.seen:,} = encoded {counts.encoded:,} + "
         f"quarantined {counts.quarantined:,} + skipped {counts.skipped:,}"
     )
-    lines += _usage_lines(Codes(store, read_spec(store)), found)
+    spec = read_spec(store)
+    if not spec.complete:
+        lines.append("unfinished: samples of a span that is half committed are counted when the rest of it is")
+    if not found.problems:
+        lines += _usage_lines(Codes(store, spec), found)
     lines.append(f"{len(found.problems)} problems" if found.problems else "every checksum, code and row is right")
     facts = {
         "store": str(store),
@@ -96,14 +100,17 @@ def _inspect_store(path: Path) -> Result:
     state = "complete" if spec.complete else "UNFINISHED: run the same `vqmill tokenize` command to finish it"
     lines = [
         f"{path}: a code store, {state}: {len(codes):,} rows in {spec.num_commits} Zarr shards of {spec.rows_per_shard:,}",
-        f"tokenizer {spec.tokenizer.get('fingerprint')} ({spec.tokenizer.get('preset', 'unknown preset')}, {spec.tokenizer.get('precision', '')})",
-        f"corpus: {spec.corpus.get('description')}; {labelled:,} rows with labels, {len(np.unique(labels[labels != MISSING_LABEL]))} classes",
+        _origin(spec),
+        f"{labelled:,} rows with labels, {len(np.unique(labels[labels != MISSING_LABEL]))} classes",
         *_usage_lines(codes, found),
         f"codes on disk: {disk / 1e6:,.2f} MB, {raw / max(disk, 1):.2f} times smaller than raw {raw / 1e6:,.2f} MB",
         f"quarantined: {quarantine.num_rows:,} samples"
         + (f", in {path / 'quarantine'}" if quarantine.num_rows else ""),
     ]
-    lines += [f"  {row['reason']}: {row['key']} ({row['detail']})" for row in quarantine.slice(0, LISTED).to_pylist()]
+    lines += [
+        f"  {row['reason']}: {row['source']}: {row['key']} ({row['detail']})"
+        for row in quarantine.slice(0, LISTED).to_pylist()
+    ]
     facts = {
         "kind": "store",
         "complete": spec.complete,
@@ -117,6 +124,14 @@ def _inspect_store(path: Path) -> Result:
         (commit.counts for commit in commits), Counts(skipped=sum(dict(spec.corpus.get("skipped", {})).values()))
     )
     return Result(lines, counts, len(codes), facts, quarantine=str(path / "quarantine"))
+
+
+def _origin(spec: StoreSpec) -> str:
+    fingerprint = spec.tokenizer["fingerprint"]
+    if drawn := spec.corpus.get("sampled"):
+        return f"drawn by prior {drawn['prior']}, label {drawn['label']}, seed {drawn['seed']}; for tokenizer {fingerprint}"
+    made = f"{spec.tokenizer.get('preset')}, {spec.tokenizer.get('precision')}"
+    return f"made from {spec.corpus.get('description')} by tokenizer {fingerprint} ({made})"
 
 
 def _inspect_checkpoint(path: Path, *, prior: bool) -> Result:
@@ -141,6 +156,7 @@ def _inspect_corpus(plan: Plan) -> Result:
     reasons: Counter[str] = Counter()
     sizes: Counter[tuple[int, int]] = Counter()
     labels: Counter[int] = Counter()
+    problems: list[dict[str, str]] = []
     examples: list[str] = []
     done = 0
     with meter("reading the corpus", "samples") as show, ThreadPoolExecutor(THREADS) as threads:
@@ -150,8 +166,10 @@ def _inspect_corpus(plan: Plan) -> Result:
                 decoded = future.result()
             except BadImage as problem:
                 reasons[str(problem.reason)] += 1
+                place = {"source": sample.source, "key": sample.key}
+                problems.append({**place, "reason": str(problem.reason), "detail": problem.detail})
                 if len(examples) < LISTED:
-                    examples.append(f"  {problem.reason}: {sample.key} ({problem.detail})")
+                    examples.append(f"  {problem.reason}: {sample.source}: {sample.key} ({problem.detail})")
             else:
                 sizes[(decoded.width, decoded.height)] += 1
                 if sample.label is not None:
@@ -172,6 +190,8 @@ def _inspect_corpus(plan: Plan) -> Result:
     )
     lines.append(f"labels: {labels.total():,} samples in {len(labels):,} classes{named}")
     lines += [f"bad, {reason}: {count:,}" for reason, count in sorted(reasons.items())] + examples
+    if len(problems) > len(examples):
+        lines.append(f"  ... and {len(problems) - len(examples):,} more; --json lists all of them")
     lines += [f"skipped, {reason}: {count:,}" for reason, count in sorted(plan.skipped.items())]
     facts = {
         "kind": "corpus",
@@ -179,8 +199,10 @@ def _inspect_corpus(plan: Plan) -> Result:
         "reasons": dict(reasons),
         "classes": len(labels),
         "skipped_reasons": dict(plan.skipped),
+        "problems": problems,
     }
-    return Result(lines, counts, 0, facts, quarantine="the lines above")
+    code = QUARANTINED if problems else OK
+    return Result(lines, counts, 0, facts, code)
 
 
 def _decoded(plan: Plan, threads: ThreadPoolExecutor) -> Iterator[tuple[RawSample, Future[Decoded]]]:

@@ -84,9 +84,14 @@ def recorded_tokenizer(store: Path) -> Path:
     if not path.is_file():
         raise UsageError(f"{path} is not there, so the tokenizer's place is not known. Name it with --tokenizer DIR.")
     try:
-        return store.parent / json.loads(path.read_bytes())["tokenizer"]
+        place = store.parent / json.loads(path.read_bytes())["tokenizer"]
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path}: damaged ({error!r}). Name the tokenizer with --tokenizer DIR.") from error
+    if not place.exists():
+        raise UsageError(
+            f"{place}: the tokenizer that {path} names is not there. Name its folder with --tokenizer DIR."
+        )
+    return place
 
 
 def relative_to_store(tokenizer_path: Path, store: Path) -> str:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from pipelines.cluster import ray_cluster
 from pipelines.context import Context, LocalContext, RankContext
 from pipelines.errors import RunFailed
-from pipelines.fit import METRICS_FILE, Batch, FitConfig, Stream, fit
+from pipelines.fit import METRICS_FILE, RESUME_FILE, Batch, FitConfig, Stream, fit
 from pipelines.progress import meter
+from pipelines.results import plain_console
 from vqmill.checkpoint import load_checkpoint, save_checkpoint
 from vqmill.files import write_whole
 
@@ -78,6 +79,8 @@ def run_job(job: Job, folder: Path, *, workers: int, device: str, title: str) ->
     """
     job.fit.rank_batch(workers)
     if not (folder / FINAL_FILE).exists():
+        if (folder / RESUME_FILE).exists():
+            plain_console(stderr=True).print(f"{title}: going on from the resume point of an earlier run")
         with meter(title, "steps") as show:
             if workers == 1:
 

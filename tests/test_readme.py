@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+import priors
+import tokenizer
 from pipelines.cli import app
+from pipelines.fit import FitConfig
 from pipelines.pictures import check_picture
 
 ROOT = Path(__file__).parents[1]
@@ -42,6 +46,14 @@ def test_commands_parse() -> None:
 
 def test_the_command_reference_is_what_help_says() -> None:
     assert (ROOT / "docs" / "commands.md").read_text() == app.generate_docs(), "run: make docs"
+
+
+def test_the_configuration_page_knows_every_field() -> None:
+    text = (ROOT / "docs" / "configuration.md").read_text()
+    given_by_the_store = {"preset", "levels", "num_classes", "tokenizer_fingerprint"}
+    for config in (tokenizer.TokenizerConfig, priors.PriorConfig, FitConfig):
+        for field in fields(config):
+            assert field.name in given_by_the_store or f"| `{field.name}` |" in text
 
 
 def test_links_lead_somewhere() -> None:

@@ -36,7 +36,7 @@ def open_codes(path: str | os.PathLike[str], *, allow_incomplete: bool = False) 
     if not codes.spec.complete and not allow_incomplete:
         raise CodesError(
             f"{path}: unfinished: {len(codes):,} rows are committed, more are to come. "
-            "Run the same `vqmill tokenize` command to finish it, or open it with allow_incomplete=True."
+            "Run the same `vqmill tokenize` command to finish it, or, in Python, open it with allow_incomplete=True."
         )
     return codes
 

@@ -165,10 +165,14 @@ class StoreWriter:
         try:
             if (store / "zarr.json").exists():
                 self.spec = layout.read_spec(store)
+                origin = self.spec.corpus.get("description")
+                advice = "Choose another --out, or repeat the settings it was made with."
                 refuse_other_settings(
-                    str(store), self.spec.settings(), spec.settings(),
-                    "Choose another --out, or repeat the settings it was made with.",
-                )  # fmt: skip
+                    str(store),
+                    self.spec.settings(),
+                    spec.settings(),
+                    f"It was made from {origin}. {advice}" if origin else advice,
+                )
             elif store.exists() and (not store.is_dir() or any(store.iterdir())):
                 raise UsageError(f"{store}: exists and is not a code store. Choose another --out, or remove it.")
             else:
