@@ -14,6 +14,7 @@ import tokenizer
 from pipelines.cli import app
 from pipelines.fit import FitConfig
 from pipelines.pictures import check_picture
+from vqmill.errors import UsageError
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -62,7 +63,9 @@ def test_links_lead_somewhere() -> None:
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-def test_pictures_are_pngs() -> None:
-    for picture in (ROOT / "docs").rglob("*.png"):
-        with pytest.raises(Exception, match="settings"):
+def test_pictures_say_how_they_were_made() -> None:
+    pictures = list((ROOT / "docs").rglob("*.png"))
+    assert pictures
+    for picture in pictures:
+        with pytest.raises(UsageError, match="other settings"):
             check_picture(picture, {"not": "its settings"})
