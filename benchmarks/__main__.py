@@ -150,11 +150,11 @@ def loading(folder: Path) -> tuple[str, float, float]:
 def main() -> None:
     """Measures and prints."""
     keep_freed_memory()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_corpus(folder / "scenes", num_images=IMAGES, num_shards=2, side=32)
         results = [search(), quantizer(), tar_reading(folder / "scenes"), encoding(folder / "scenes"), loading(folder)]
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}")
     for title, ours, other in results:
         print(f"{other / ours:6.2f}  {title}: {ours * 1e3:,.1f} ms against {other * 1e3:,.1f} ms")
 
