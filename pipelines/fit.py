@@ -242,7 +242,7 @@ class _State:
         if self.context.rank:
             return {}
         self.swap()
-        found = self.step.evaluate(_on_device(validation(), self.context.device))  # pyright: ignore[reportCallIssue]
+        found = self._evaluate(validation)
         if self.config.keep_best and found["loss"] < self.best:
             self.best = found["loss"]
             save_checkpoint(self.folder / BEST_FILE, self.step.state_dict(), {"step": self.done})
@@ -255,11 +255,14 @@ class _State:
         best = self.folder / BEST_FILE
         if self.config.keep_best and best.exists():
             self.step.load_state_dict(load_checkpoint(best)[0])
-            return self.step.evaluate(_on_device(validation(), self.context.device)) if self.context.rank == 0 else {}  # pyright: ignore[reportCallIssue]
+            return self._evaluate(validation) if self.context.rank == 0 else {}
         self.swap()
         if not final and self.context.rank == 0:  # resumed after its last step
-            final = self.step.evaluate(_on_device(validation(), self.context.device))  # pyright: ignore[reportCallIssue]
+            final = self._evaluate(validation)
         return final
+
+    def _evaluate(self, validation: Callable[[], Iterable[Batch]]) -> dict[str, float]:
+        return self.step.evaluate(_on_device(validation(), self.context.device))  # pyright: ignore[reportCallIssue]
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Appends a line to metrics.jsonl, on rank 0."""
