@@ -1,4 +1,4 @@
-"""One rank of a two-rank training run; started by test_ranks.py with torch's usual environment variables."""
+"""One rank of a two-rank training run; started by test_ranks.py as `rank_main.py FOLDER RANK`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ class Pictures:
 
 def main() -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    meeting = Path(sys.argv[1]) / "meeting"  # a file: a port may be taken, and its owner may leave first
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=int(sys.argv[2]), world_size=2)
     context = RankContext(torch.device("cpu"), lambda metrics: None)
     torch.manual_seed(context.rank)  # the ranks begin apart; data-parallel training must bring them together
     model = tokenizer.from_preset(
@@ -50,6 +51,7 @@ def main() -> None:
     config = FitConfig(steps=10, batch_size=16, learning_rate=1e-3, warmup_steps=1)
     fit(step, stream, lambda: [{"images": stream.images}], config, context, folder)
     (folder / f"fingerprint-{context.rank}").write_text(model.fingerprint)
+    dist.barrier()
     dist.destroy_process_group()
 
 
