@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import zarr
-from zarr.codecs import BloscCodec, Crc32cCodec, ShardingCodec
+from zarr.codecs import BloscCodec, Crc32cCodec, ShardingCodec, ZstdCodec
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import MemoryStore
 
 from vqmill.errors import CodesError, UsageError
 from vqmill.files import JsonValue, canonical_json, sealed
-from vqmill.spec import LABEL_FILL, MISSING_LABEL, LevelSpec, StoreSpec
+from vqmill.spec import CODECS, LABEL_FILL, MISSING_LABEL, LevelSpec, StoreSpec
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 LABEL = "label"
+FASTEST = "blosc-lz4"
+NEARLY = 1.02  # so much larger is given for chunks that decode two to four times as fast
 MAX_METADATA_BYTES = 16 * 1024 * 1024
 
 
@@ -53,38 +57,45 @@ def shard_files(spec: StoreSpec, shard: int, rows: int) -> list[str]:
     return [*levels, shard_file(LABEL, shard, 0), *tables]
 
 
-def level_array(level: LevelSpec, rows_per_shard: int, num_rows: int) -> zarr.Array[Any]:
+def level_array(spec: StoreSpec, level: LevelSpec, num_rows: int) -> zarr.Array[Any]:
     """An empty Zarr array in memory, with exactly the metadata and codecs of the stored one."""
     return zarr.create_array(  # pyright: ignore[reportUnknownMemberType]
         MemoryStore(),
         shape=(num_rows, *level.grid),
-        shards=(rows_per_shard, *level.grid),
-        chunks=(level.rows_per_chunk(rows_per_shard), *level.grid),
+        shards=(spec.rows_per_shard, *level.grid),
+        chunks=(level.rows_per_chunk(spec.rows_per_shard), *level.grid),
         dtype=level.dtype,
-        compressors=[_blosc(level.dtype.itemsize), Crc32cCodec()],
+        compressors=[_compressor(spec.codec or CODECS[0], level.dtype.itemsize), Crc32cCodec()],
         fill_value=level.fill_value,
         dimension_names=level.axes,
         config={"write_empty_chunks": True},  # an all-fill chunk that leaves no bytes looks like a lost one
     )
 
 
-def label_array(rows_per_shard: int, num_rows: int) -> zarr.Array[Any]:
+def label_array(spec: StoreSpec, num_rows: int) -> zarr.Array[Any]:
     """The same for the labels: int64 [N], -1 where there is none."""
     return zarr.create_array(  # pyright: ignore[reportUnknownMemberType]
         MemoryStore(),
         shape=(num_rows,),
-        shards=(rows_per_shard,),
-        chunks=(rows_per_shard,),
+        shards=(spec.rows_per_shard,),
+        chunks=(spec.rows_per_shard,),
         dtype=np.int64,
-        compressors=[_blosc(8), Crc32cCodec()],
+        compressors=[_compressor(CODECS[0], 8), Crc32cCodec()],
         fill_value=LABEL_FILL,
         dimension_names=("row",),
         config={"write_empty_chunks": True},
     )
 
 
-def _blosc(itemsize: int) -> BloscCodec:
-    return BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle", typesize=itemsize)
+def _compressor(codec: str, itemsize: int) -> BloscCodec | ZstdCodec:
+    match codec:
+        case "blosc-zstd":
+            return BloscCodec(cname="zstd", clevel=3, shuffle="bitshuffle", typesize=itemsize)
+        case "blosc-lz4":
+            return BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle", typesize=itemsize)
+        case name:
+            assert name == "zstd", name
+            return ZstdCodec(level=3)
 
 
 def encode_zarr_shard(spec: StoreSpec, level: LevelSpec, rows: np.ndarray[Any, Any]) -> bytes:
@@ -109,12 +120,29 @@ def encode_zarr_shard(spec: StoreSpec, level: LevelSpec, rows: np.ndarray[Any, A
         raise CodesError(
             f"level {level.name!r}: the tokenizer gave code {high if low >= 0 else low}, valid are 0..{level.codebook_size - 1}."
         )
-    return _encoded(level_array(level, spec.rows_per_shard, len(rows)), rows.astype(level.dtype))
+    return _encoded(level_array(spec, level, len(rows)), rows.astype(level.dtype))
+
+
+def smallest_codec(spec: StoreSpec, codes: Mapping[str, np.ndarray[Any, Any]]) -> str:
+    """The codec that makes the levels of one Zarr shard smallest; blosc-lz4, whose chunks decode fastest, when it is nearly that.
+
+    Args:
+        spec: the store's specification; its own codec has no part in this.
+        codes: by level, integers [n, *grid], as for `encode_zarr_shard`.
+    """
+    sizes = {
+        codec: sum(
+            len(encode_zarr_shard(replace(spec, codec=codec), level, codes[level.name])) for level in spec.levels
+        )
+        for codec in CODECS
+    }
+    smallest = min(CODECS, key=sizes.__getitem__)
+    return FASTEST if sizes[FASTEST] <= NEARLY * sizes[smallest] else smallest
 
 
 def encode_label_shard(spec: StoreSpec, labels: np.ndarray[Any, Any]) -> bytes:
     """The bytes of one Zarr shard of labels, int64 [n]."""
-    return _encoded(label_array(spec.rows_per_shard, len(labels)), labels.astype(np.int64))
+    return _encoded(label_array(spec, len(labels)), labels.astype(np.int64))
 
 
 def _encoded(array: zarr.Array[Any], rows: np.ndarray[Any, Any]) -> bytes:
@@ -151,8 +179,8 @@ def same_layout(found: zarr.Array[Any], expected: zarr.Array[Any]) -> bool:
 
 def array_metadata(spec: StoreSpec) -> dict[str, bytes]:
     """Each array's `zarr.json` for the rows that the specification counts, by its path in the store."""
-    arrays = {level.name: level_array(level, spec.rows_per_shard, spec.num_rows) for level in spec.levels}
-    arrays[LABEL] = label_array(spec.rows_per_shard, spec.num_rows)
+    arrays = {level.name: level_array(spec, level, spec.num_rows) for level in spec.levels}
+    arrays[LABEL] = label_array(spec, spec.num_rows)
     return {f"{name}/zarr.json": _stored(array, "zarr.json") for name, array in arrays.items()}
 
 

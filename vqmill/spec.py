@@ -19,7 +19,17 @@ FORMAT_VERSION = 1
 CHUNK_BYTES = 128 * 1024  # raw bytes of one chunk: the smallest at which blosc-zstd has reached its ratio
 SHARD_BYTES = 16 * 1024 * 1024  # raw bytes of one Zarr shard, from which object stores read at full speed
 MAX_ROWS_PER_SHARD = 4096  # else small grids put a whole corpus into one shard, and a resume starts again
-RESERVED_NAMES = ("samples", "quarantine", "commits", "label")  # folders of the store's own
+RESERVED_NAMES = (
+    "samples",
+    "quarantine",
+    "commits",
+    "label",
+    "row",
+)  # folders of the store's own, and what batches call a row's number
+CODECS = ("blosc-zstd", "blosc-lz4", "zstd")  # layout.py builds them
+MAX_ROW_BYTES = 256 * 1024 * 1024  # what a reader takes memory for on the word of a file: one row,
+MAX_SHARD_BYTES = 4 * 1024 * 1024 * 1024  # one Zarr shard of one level,
+MAX_ROWS = 2**48  # and a whole store
 MISSING_LABEL = -1
 LABEL_FILL = -(2**63)  # never a label, so that a lost Zarr shard can be told from samples without one
 
@@ -82,11 +92,21 @@ def default_rows_per_shard(levels: Sequence[LevelSpec]) -> int:
 
 @dataclass(frozen=True)
 class Segment:
-    """Rows that one plan brought: where they begin, and the digest of the plan."""
+    """Rows that one plan brought.
+
+    Attributes:
+        plan: digest of the plan: of all its input shards, those of earlier segments among them.
+        first_row: the first row that this plan brought.
+        first_commit: the first commit that holds any of them; it may hold rows of the segment before, too.
+        input_shards: how many input shards the plan has; a longer plan begins with exactly these.
+        num_samples: how many samples they hold.
+    """
 
     plan: str
     first_row: int = 0
     first_commit: int = 0
+    input_shards: int = 0
+    num_samples: int = 0
 
 
 @dataclass(frozen=True)
@@ -100,6 +120,7 @@ class StoreSpec:
         preprocessing: at least `size`, `crop` and `decoder` of encoded images; empty for codes that a prior drew.
         corpus: `description`, `num_samples`, `class_names` and `skipped` of encoded images; `sampled` of codes that a prior drew.
         segments: in commit order; one at least in all that our commands write.
+        codec: one of CODECS, how chunks are compressed; None until the first Zarr shard has chosen.
         num_rows: committed rows; what readers trust.
         num_commits: committed Zarr shards.
         complete: whether the whole plan is in.
@@ -111,6 +132,7 @@ class StoreSpec:
     preprocessing: Mapping[str, Any] = field(default_factory=dict[str, Any])
     corpus: Mapping[str, Any] = field(default_factory=dict[str, Any])
     segments: tuple[Segment, ...] = ()
+    codec: str | None = None
     num_rows: int = 0
     num_commits: int = 0
     complete: bool = False
@@ -129,8 +151,24 @@ class StoreSpec:
                 raise CodesError(
                     f"level {level.name!r}: expected a grid of one to three positive sizes, got {list(level.grid)}."
                 )
+            if level.row_bytes > MAX_ROW_BYTES or level.row_bytes * self.rows_per_shard > MAX_SHARD_BYTES:
+                raise CodesError(
+                    f"level {level.name!r}: rows of {level.row_bytes:,} bytes, {self.rows_per_shard:,} in a Zarr shard; at most "
+                    f"{MAX_ROW_BYTES:,} bytes a row and {MAX_SHARD_BYTES:,} a Zarr shard are read or written."
+                )
         if self.rows_per_shard < 1:
             raise CodesError(f"rows per Zarr shard must be at least 1, got {self.rows_per_shard}.")
+        if self.codec is not None and self.codec not in CODECS:
+            raise CodesError(f"codec {self.codec!r} is not known; choose one of {', '.join(CODECS)}.")
+        fits = (
+            max(0, self.num_commits - 1) * self.rows_per_shard
+            <= self.num_rows
+            <= self.num_commits * self.rows_per_shard
+        )
+        if self.num_rows >= MAX_ROWS or not fits:
+            raise CodesError(
+                f"{self.num_rows:,} rows in {self.num_commits:,} commits of {self.rows_per_shard:,}: these numbers do not belong together."
+            )
 
     def level(self, name: str) -> LevelSpec:
         """The level of that name.
@@ -186,6 +224,7 @@ class StoreSpec:
             "preprocessing": dict(self.preprocessing),
             "corpus": dict(self.corpus),
             "segments": [asdict(segment) for segment in self.segments],
+            "codec": self.codec,
             "num_rows": self.num_rows,
             "num_commits": self.num_commits,
             "complete": self.complete,
@@ -211,7 +250,10 @@ class StoreSpec:
                 for level in attributes["levels"]
             )
             segments = tuple(
-                Segment(str(segment["plan"]), _whole(segment["first_row"]), _whole(segment["first_commit"]))
+                Segment(
+                    str(segment["plan"]),
+                    *(_whole(segment[name]) for name in ("first_row", "first_commit", "input_shards", "num_samples")),
+                )
                 for segment in attributes["segments"]
             )
             return cls(
@@ -221,6 +263,7 @@ class StoreSpec:
                 preprocessing=dict(attributes["preprocessing"]),
                 corpus=dict(attributes["corpus"]),
                 segments=segments,
+                codec=None if attributes["codec"] is None else str(attributes["codec"]),
                 num_rows=_whole(attributes["num_rows"]),
                 num_commits=_whole(attributes["num_commits"]),
                 complete=attributes["complete"] is True,

@@ -286,11 +286,7 @@ class Codes:
 
     def _open(self, name: str, level: LevelSpec | None) -> LevelArray:
         spec = self.spec
-        expected = (
-            layout.level_array(level, spec.rows_per_shard, spec.num_rows)
-            if level
-            else layout.label_array(spec.rows_per_shard, spec.num_rows)
-        )
+        expected = layout.level_array(spec, level, spec.num_rows) if level else layout.label_array(spec, spec.num_rows)
         try:
             files = LocalStore(self.path, read_only=True)
             array = zarr.open_array(files, path=name, mode="r", zarr_format=3)  # pyright: ignore[reportUnknownMemberType]

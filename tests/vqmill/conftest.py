@@ -33,6 +33,7 @@ class Stores:
         tokenizer={"fingerprint": "0" * 32, "preset": "rgb32", "precision": "float32"},
         preprocessing={"size": 32, "crop": "center", "decoder": "none 1.0"},
         corpus={"description": "made up", "num_samples": 24, "class_names": ["cat", "dog"], "skipped": {}},
+        codec="blosc-zstd",
     )
 
     @staticmethod

@@ -115,7 +115,7 @@ def test_the_array_example_is_what_is_written_for_its_sizes(tmp_path, stores):
     from vqmill.layout import array_metadata
 
     _, example, _ = json_examples()
-    spec = StoreSpec((LevelSpec("top", 512, (32, 32)),), 4096, {}, num_rows=example["shape"][0])
+    spec = StoreSpec((LevelSpec("top", 512, (32, 32)),), 4096, {}, num_rows=example["shape"][0], num_commits=3)
     assert json.loads(array_metadata(spec)["top/zarr.json"]) == example
 
 
