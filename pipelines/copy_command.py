@@ -70,10 +70,9 @@ def slice_store(
     if not len(source.rows):
         raise UsageError(f"{store}: no {where} there.")
     spec = joined_spec([source], f"{where} of {store}", skipped=False, rows_per_shard=shard_rows, codec=_chosen(codec))
-    lines = [f"label {label}: {source.labels.get(label, 0):,} rows" for label in sorted(set(labels or ()))]
-    return _copy(
-        [source], out, spec, lines, {"labels": {str(label): source.labels[label] for label in sorted(source.labels)}}
-    )
+    found = {label: source.labels.get(label, 0) for label in sorted(set(labels or ()))}
+    lines = [f"label {label}: {count:,} rows" for label, count in found.items()]
+    return _copy([source], out, spec, lines, {"labels": {str(label): count for label, count in found.items()}})
 
 
 def _check(stores: Sequence[Path], out: Path, shard_rows: int | None) -> None:
