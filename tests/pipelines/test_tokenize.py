@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from pipelines.corpus.plan import plan_corpus
 from pipelines.encoder import Encoding
 from pipelines.errors import RunFailed
 from pipelines.tokenize import TokenizeOptions, TokenizeResult, tokenize_corpus
+from vqmill.commits import Cursor
 from vqmill.errors import UsageError
 from vqmill.verify import verify_store
 
@@ -148,7 +148,7 @@ def test_an_input_shard_that_keeps_killing_its_actor_is_named(
 
                     return describe_device("cpu")
 
-                def encode(self, shard: Any, first_span: int) -> Any:
+                def encode(self, shard: Any, first_span: int, stop_span: int | None) -> Any:
                     os._exit(9)
                     yield
 
@@ -163,15 +163,14 @@ def test_an_input_shard_that_keeps_killing_its_actor_is_named(
 
 
 def test_an_input_shard_that_ends_early_stops_the_job(scenes: str) -> None:
-    plan = plan_corpus(scenes)
-    longer = replace(plan.shards[2], num_samples=101)
-    from pipelines.tokenize import _Driver, _Running
+    from pipelines.spans import _Range, _Running
 
-    driver = object.__new__(_Driver)
-    driver._plan = replace(plan, shards=(*plan.shards[:2], longer))
-    driver._seen, driver._first_span = Counter({2: 100}), {}
+    plan = plan_corpus(scenes)
+    shards = (*plan.shards[:2], replace(plan.shards[2], num_samples=101))
+    stretch = _Range(shards, [], lambda: None, 4, Cursor(), 3, {}, lambda facts: None)
+    stretch.seen[2] = 100
     with pytest.raises(RunFailed, match="gave 100 samples, 101 were planned"):
-        driver._require_whole(_Running(2, None, 1))
+        stretch._require_whole(_Running(2, None, 1))
 
 
 def bad_corpus(folder: Path) -> str:
