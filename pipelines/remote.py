@@ -6,13 +6,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
 from pipelines.assembly import Order, SpanFacts, Written, carry_out
 from pipelines.corpus.images import Preprocessing
 from pipelines.corpus.plan import InputShard
 from pipelines.encoder import Encoding, Span, SpanEncoder, describe_device
 from pipelines.errors import RunFailed
+from vqmill.errors import CodesError
 
 
 @ray.remote(max_restarts=0)
@@ -55,10 +56,17 @@ class RayHands:
         """Waits for the task.
 
         Raises:
+            CodesError: what it read or was given is wrong.
             RunFailed: it could not write.
         """
         try:
             return ray.get(handle)
+        except RayTaskError as error:
+            if isinstance(error.cause, CodesError):
+                raise error.cause from error
+            raise RunFailed(
+                f"a Zarr shard could not be written: {error.cause!r}. What was committed before is safe."
+            ) from error
         except RayError as error:
             raise RunFailed(
                 f"a Zarr shard could not be written: {error}. What was committed before is safe."

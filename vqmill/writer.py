@@ -238,13 +238,12 @@ class StoreWriter:
         """
         commit = self.commits[shard]
         if files != commit.files:
-            other = sorted(
-                name for name in files.keys() | commit.files.keys() if files.get(name) != commit.files.get(name)
-            )
+            names = sorted(files.keys() | commit.files.keys())
+            other = ", ".join(name for name in names if files.get(name) != commit.files.get(name))
             raise CodesError(
-                f"{self.store}: Zarr shard {shard} (rows {commit.first_row}..{commit.first_row + commit.rows - 1}) was made again and came "
-                f"out differently ({', '.join(other)}): the corpus, the tokenizer or the software is not what made this store. "
-                "Nothing was written. Use what made it, or restore these files from a copy."
+                f"{self.store}: Zarr shard {shard} ({commit.rows} rows from row {commit.first_row}) was made again and came out differently "
+                f"({other}): the corpus, the tokenizer or the software is not what made this store. Nothing was written. "
+                "Use what made it, or restore these files from a copy."
             )
 
     def rewrite_last(self, rows: int, cursor: Cursor, counts: Counts, files: Mapping[str, Mapping[str, Any]]) -> None:
