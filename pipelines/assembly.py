@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -189,20 +189,26 @@ def _put(writer: StoreWriter, writes: Writes, job: ShardJob[Any], reopened: Comm
         writes.drain()  # the first Zarr shard chooses for all
 
 
-def mend(writer: StoreWriter, between: Callable[[Cursor, Cursor], Iterable[ArrivedSpan]], hands: Hands) -> None:
+def mend(
+    writer: StoreWriter,
+    missing: Sequence[int],
+    between: Callable[[Cursor, Cursor], Iterable[ArrivedSpan]],
+    hands: Hands,
+) -> None:
     """Makes the missing Zarr shards again, exactly as they were.
 
     Args:
         writer: of an unfinished store.
+        missing: from `writer.missing_shards`.
         between: gives the spans from one cursor to another; all of the last one's span when that lies inside it.
         hands: who writes.
 
     Raises:
         CodesError: they come out differently; nothing was written then.
     """
-    for first, last in contiguous(writer.missing_shards()):
+    for first, last in contiguous(missing):
         _mend_run(writer, first, last, between, hands)
-    if left := writer.missing_shards():
+    if missing and (left := writer.missing_shards()):
         raise CodesError(
             f"{writer.store}: the corpus no longer gives the rows of Zarr shards {left}: it is not what made this store. "
             "Restore their files from a copy."

@@ -60,7 +60,8 @@ class TokenizeResult:
         counts: input samples of the whole plan.
         rows: of the store.
         resumed_rows: of them, those that were committed before this run.
-        appended_rows: of them, those behind a store that was finished before; 0 when this run had nothing to append.
+        appended_rows: those behind a store that was finished before; 0 when this run had nothing to append.
+        mended: committed Zarr shards whose files were lost and were made again.
         did_something: whether the store was not finished already.
         reasons: quarantine lines by reason.
         rows_per_shard: of the store.
@@ -71,6 +72,7 @@ class TokenizeResult:
     rows: int
     resumed_rows: int
     appended_rows: int
+    mended: tuple[int, ...]
     did_something: bool
     reasons: dict[str, int]
     rows_per_shard: int
@@ -136,28 +138,34 @@ def tokenize_corpus(
     parts = stages(found, plan)
     if found:
         require_same_job(out, found, store_spec(parts[-1], model, options), parts[-1])
-    committed = (
-        found.num_rows - found.num_rows % found.rows_per_shard if found else 0
-    )  # a ragged Zarr shard is written anew
+    # A ragged Zarr shard is written anew beside the old one.
+    kept = found.num_rows - found.num_rows % found.rows_per_shard if found else 0
     row_bytes = store_spec(plan, model, options).row_bytes + SAMPLE_BYTES
-    require_room(out, max(0, plan.num_samples - committed) * row_bytes)
-    counts = Counts()
-    for part in parts:
-        counts = _carry_out(part, model, out, options, progress)
+    require_room(out, max(0, plan.num_samples - kept) * row_bytes)
+    outcomes = [_carry_out(part, model, out, options, progress) for part in parts]
     worked = not (found and found.complete and len(parts[-1].shards) == found.segments[-1].input_shards)
     codes = open_codes(out)
     reasons = Counter(str(reason) for reason in codes.quarantine()["reason"].to_pylist())
-    before = codes.spec.segments[-1].first_row
+    resumed, before = found.num_rows if found else 0, codes.spec.segments[-1].first_row
     return TokenizeResult(
-        counts + Counts(skipped=sum(plan.skipped.values())),
+        outcomes[-1].counts + Counts(skipped=sum(plan.skipped.values())),
         rows=len(codes),
-        resumed_rows=found.num_rows if found else 0,
-        appended_rows=len(codes) - before if worked and len(codes.spec.segments) > 1 else 0,
+        resumed_rows=resumed,
+        appended_rows=len(codes) - before if len(codes.spec.segments) > 1 and len(codes) > resumed else 0,
+        mended=tuple(shard for outcome in outcomes for shard in outcome.mended),
         did_something=worked,
         reasons=dict(reasons),
         rows_per_shard=codes.spec.rows_per_shard,
         seconds=time.monotonic() - start,
     )
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """Counts of all commits of a plan that is brought to its end, and the Zarr shards that had to be made again for it."""
+
+    counts: Counts
+    mended: list[int]
 
 
 def _carry_out(
@@ -166,26 +174,28 @@ def _carry_out(
     out: Path,
     options: TokenizeOptions,
     progress: Callable[[int, int, str], None],
-) -> Counts:
-    """Brings a plan to its end, unless it is there already; gives the counts of all commits."""
+) -> _Outcome:
+    """Brings a plan to its end, unless it is there already."""
     spec = store_spec(plan, model, options)
     found = read_spec(out) if (out / "zarr.json").exists() else None
     with StoreWriter(out, require_same_job(out, found, spec, plan) if found else spec) as writer:
         if found and grows(found, plan):
             writer.grow(plan.digest, len(plan.shards), plan.num_samples, spec.corpus)
+        mended: list[int] = []
         if not writer.spec.complete:
+            mended = writer.missing_shards()
             with ray_cluster(options.workers, options.device):
-                _run(plan, model, writer, options, progress)
+                _run(plan, model, writer, mended, options, progress)
             if writer.counts.seen != plan.num_samples:
                 raise RunFailed(
                     f"{out}: {plan.num_samples:,} samples were planned, {writer.counts.seen:,} came out; the store is left unfinished."
                 )
             writer.finish()
-        return writer.counts
+        return _Outcome(writer.counts, mended)
 
 
 def _run(
-    plan: Plan, model: tokenizer.Tokenizer, writer: StoreWriter, options: TokenizeOptions,
+    plan: Plan, model: tokenizer.Tokenizer, writer: StoreWriter, missing: list[int], options: TokenizeOptions,
     progress: Callable[[int, int, str], None],
 ) -> None:  # fmt: skip
     """Makes again what is missing of the committed Zarr shards, then encodes what is not committed."""
@@ -213,6 +223,6 @@ def _run(
         counts = counts + new
         progress(counts.seen, plan.num_samples, f"{counts.quarantined:,} quarantined" if counts.quarantined else "")
 
-    mend(writer, lost, hands)
+    mend(writer, missing, lost, hands)
     show(Counts())
     extend(writer, encoders.between(writer.cursor, end, lambda facts: show(facts.counts)), end.input_shard, hands)

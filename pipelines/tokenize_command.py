@@ -57,6 +57,10 @@ def tokenize(
     lines = [f"{out}: {made.rows:,} rows ({new:,} of them in this run, {made.resumed_rows:,} found committed)"]
     if made.appended_rows:
         lines.append(f"appended: {made.appended_rows:,} rows, behind the {made.rows - made.appended_rows:,} of before")
+    if made.mended:
+        lines.append(
+            f"made again, as files of them were missing or damaged: Zarr shards {', '.join(map(str, made.mended))}"
+        )
     if shard_rows not in (None, made.rows_per_shard):
         lines.append(f"--shard-rows {shard_rows} was raised to {made.rows_per_shard}, which divides into good chunks")
     if options.workers > len(plan.shards):
@@ -69,6 +73,7 @@ def tokenize(
         "out": str(out),
         "resumed_rows": made.resumed_rows,
         "appended_rows": made.appended_rows,
+        "mended_shards": list(made.mended),
         "reasons": made.reasons,
         "fingerprint": model.fingerprint,
     }

@@ -155,10 +155,10 @@ class Plan:
         shards: list[InputShard] = []
         behind = 0
         for shard in self.shards:
-            if shard.kind == "tar":
+            cuts = sorted({total - behind for total in totals if 0 < total - behind < shard.num_samples})
+            if shard.kind == "tar" or (not cuts and shard.index == len(shards)):
                 shards.append(shard)
             else:
-                cuts = sorted({total - behind for total in totals if 0 < total - behind < shard.num_samples})
                 for start, stop in pairwise([0, *cuts, shard.num_samples]):
                     shards.append(_part(shard, len(shards), start, stop))
             behind += shard.num_samples

@@ -135,7 +135,7 @@ def make(
         if found and found.segments[-1].plan != digest(corpus):
             writer.grow(digest(corpus), len(corpus), num_samples(corpus), spec.corpus)
         if not writer.spec.complete:
-            mend(writer, spans.between, hands)
+            mend(writer, writer.missing_shards(), spans.between, hands)
             spans.encoded.append((-1, -1))
             extend(writer, spans.between(writer.cursor, Cursor(len(corpus))), len(corpus), hands)
             assert writer.counts.seen == num_samples(corpus)
@@ -311,7 +311,7 @@ def test_what_comes_out_differently_is_not_put_back(tmp_path: Path) -> None:
         ([[], []], "no longer gives the rows of Zarr shards"),
     ):
         with StoreWriter(path, read_spec(path)) as writer, pytest.raises(CodesError, match=message):
-            mend(writer, Corpora(other).between, Eager())
+            mend(writer, writer.missing_shards(), Corpora(other).between, Eager())
         assert tree(path, segments=True) == before
 
 

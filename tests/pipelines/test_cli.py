@@ -18,7 +18,7 @@ import tokenizer
 import vqmill
 from pipelines.cli import app
 from pipelines.options import FitFlags
-from vqmill.layout import group_metadata, read_spec
+from vqmill.layout import group_metadata, read_spec, smallest_codec
 from vqmill.verify import verify_store
 
 COMMANDS = ("train-tokenizer", "tokenize", "inspect", "verify", "decode", "train-prior", "sample", "demo", "doctor")
@@ -189,6 +189,9 @@ def test_the_whole_chain(scenes: str, tmp_path: Path, capsys: pytest.CaptureFixt
     assert last_json(capsys)["rows"] == 6
     assert vqmill.open_codes(drawn).labels.tolist() == [0, 1, 2, 3, 0, 1]
     assert verify_store(drawn).problems == ()
+    found = vqmill.open_codes(drawn)
+    assert found.spec.codec == smallest_codec(found.spec, {name: found[name][:] for name in found.levels})
+    assert found.spec.segments[0].num_samples == 6
     assert run("sample", prior, "--tokenizer", tok, "--num", "2", "--seed", "9", "--out", tmp_path / "t.png") == 0
     assert run(*sampled) == 0, "the same again is no error"
 
