@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines.ordering import ShardCutter, ShardJob
-from vqmill.writer import Counts, Cursor
+from vqmill.commits import Counts, Cursor
 
 Span = tuple[int, int, int, int]  # input shard, span, rows, quarantined
 
@@ -20,7 +20,7 @@ def spans_of(corpus: list[list[tuple[int, int]]]) -> list[Span]:
 def cut(
     spans: list[Span], units: int, rows_per_shard: int, first_shard: int = 0, cursor: Cursor | None = None
 ) -> list[ShardJob[Span]]:
-    cutter: ShardCutter[Span] = ShardCutter(rows_per_shard, first_shard, cursor)
+    cutter: ShardCutter[Span] = ShardCutter(rows_per_shard, ShardJob(first_shard), cursor or Cursor())
     jobs = [job for span in spans for job in cutter.add(span[0], span[1], span[2], Counts(span[2], span[3]), span)]
     return [*jobs, *cutter.finish(units)]
 
