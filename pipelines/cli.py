@@ -139,8 +139,8 @@ def merge(
     Args:
         stores: finished code stores, in the order in which their rows are wanted.
         out: the store to make.
-        shard_rows: rows of a Zarr shard, the unit of commit; as in the stores if they agree, else 4,096 at most.
-        codec: how codes are compressed; auto takes that of the first store.
+        shard_rows: rows of a Zarr shard, the unit of commit; as in the stores if they agree, else 4,096 at most. Raised a little when it divides badly.
+        codec: how codes are compressed; as in the stores if they agree, else auto takes the smallest on the first Zarr shard.
     """
     from pipelines.copy_command import merge as job
 
@@ -165,8 +165,8 @@ def slice_store(
         out: the store to make.
         rows: START:STOP, which rows to take; either side may be left out.
         label: a class number whose rows to take, -1 for rows without a label; may be given several times.
-        shard_rows: rows of a Zarr shard, the unit of commit; as in the store if not given.
-        codec: how codes are compressed; auto takes that of the store.
+        shard_rows: rows of a Zarr shard, the unit of commit; as in the store if not given. Raised a little when it divides badly.
+        codec: how codes are compressed; auto takes what the store has.
     """
     from pipelines.copy_command import slice_store as job
 

@@ -15,11 +15,11 @@ from pipelines.progress import meter
 from pipelines.results import Result
 from pipelines.selection import Source, part_of_store, whole_store
 from pipelines.tokenize_command import recorded_tokenizer, relative_to_store, run_file
+from vqmill.commits import Counts
 from vqmill.errors import UsageError
 from vqmill.files import canonical_json, write_whole
 from vqmill.spec import MISSING_LABEL, StoreSpec
 from vqmill.store import open_codes
-from vqmill.writer import Counts
 
 
 def merge(stores: Sequence[Path], out: Path, *, shard_rows: int | None, codec: Codec) -> Result:
@@ -45,7 +45,7 @@ def merge(stores: Sequence[Path], out: Path, *, shard_rows: int | None, codec: C
             f"{shared:,} sample keys occur in more than one of the stores: where they name the same images, these count twice; "
             "splits by key keep equal keys on one side"
         )
-    return _copy(sources, out, spec, lines, {"shared_keys": shared})
+    return _copy(sources, out, spec, [*_raised(shard_rows, spec), *lines], {"shared_keys": shared})
 
 
 def slice_store(
@@ -72,7 +72,13 @@ def slice_store(
     spec = joined_spec([source], f"{where} of {store}", skipped=False, rows_per_shard=shard_rows, codec=_chosen(codec))
     found = {label: source.labels.get(label, 0) for label in sorted(set(labels or ()))}
     lines = [f"label {label}: {count:,} rows" for label, count in found.items()]
-    return _copy([source], out, spec, lines, {"labels": {str(label): count for label, count in found.items()}})
+    return _copy(
+        [source],
+        out,
+        spec,
+        [*_raised(shard_rows, spec), *lines],
+        {"labels": {str(label): count for label, count in found.items()}},
+    )
 
 
 def _check(stores: Sequence[Path], out: Path, shard_rows: int | None) -> None:
@@ -96,10 +102,13 @@ def _copy(sources: Sequence[Source], out: Path, spec: StoreSpec, lines: list[str
     counts = made.counts + Counts(skipped=sum(spec.corpus["skipped"].values()))
     new = made.rows - made.resumed_rows
     tokenizer = _tokenizer_of(sources)
-    if new or not run_file(out).exists():
+    if made.did_something or not run_file(out).exists():
         write_whole(run_file(out), canonical_json(_record(sources, out, made, counts, tokenizer)))
     stores = f"{len(sources)} stores" if len(sources) > 1 else str(sources[0].codes.path)
     head = f"{out}: {made.rows:,} rows of {stores} ({new:,} of them copied in this run, {made.resumed_rows:,} found committed)"
+    if made.mended:
+        mended = ", ".join(map(str, made.mended))
+        lines = [f"made again, as files of them were missing or damaged: Zarr shards {mended}", *lines]
     if tokenizer is None:
         lines = [
             *lines,
@@ -108,11 +117,18 @@ def _copy(sources: Sequence[Source], out: Path, spec: StoreSpec, lines: list[str
     facts = {
         "out": str(out),
         "resumed_rows": made.resumed_rows,
+        "mended_shards": list(made.mended),
         "fingerprint": spec.tokenizer["fingerprint"],
         "sources": [{"store": str(source.codes.path), "rows": len(source.rows)} for source in sources],
         **facts,
     }
     return Result([head, *lines], counts, made.rows, facts, quarantine=str(out / "quarantine"))
+
+
+def _raised(shard_rows: int | None, spec: StoreSpec) -> list[str]:
+    if shard_rows in (None, spec.rows_per_shard):
+        return []
+    return [f"--shard-rows {shard_rows} was raised to {spec.rows_per_shard}, which divides into good chunks"]
 
 
 def _record(

@@ -12,7 +12,7 @@ import numpy as np
 from pipelines.selection import Source
 from vqmill.errors import UsageError
 from vqmill.settings import different_settings
-from vqmill.spec import CODECS, Segment, StoreSpec, default_rows_per_shard
+from vqmill.spec import CODECS, Segment, StoreSpec, default_rows_per_shard, usable_rows_per_shard
 
 JOINED = (
     "batch_size",
@@ -37,8 +37,9 @@ def joined_spec(
         sources: one or more.
         description: of the new store's corpus.
         skipped: whether the files that the sources' corpora left out are counted here, too.
-        rows_per_shard: of the new store; None for what the sources have in common, else the rule of all stores.
-        codec: of the new store; None for that of the first source with rows.
+        rows_per_shard: of the new store, or a few more when these divide badly; None for what the sources have in common, else the rule
+            of all stores.
+        codec: of the new store; None for what the sources have in common, else the smallest on the first Zarr shard.
 
     Raises:
         UsageError: the sources' codes or labels do not go together; each difference has a line.
@@ -47,11 +48,14 @@ def joined_spec(
     for source in sources[1:]:
         refuse_other_making(sources[0], source)
     sizes = {source.codes.spec.rows_per_shard for source in sources}
+    codecs = {source.codes.spec.codec or CODECS[0] for source in sources if len(source.codes)}
+    if rows_per_shard is not None:
+        sizes = {usable_rows_per_shard(first.levels, rows_per_shard)}
     tokenizer = {**first.tokenizer, **{name: value for name in JOINED if (value := _joined_value(sources, name))}}
     counts = [source.counts for source in sources]
     return StoreSpec(
         levels=first.levels,
-        rows_per_shard=rows_per_shard or (sizes.pop() if len(sizes) == 1 else default_rows_per_shard(first.levels)),
+        rows_per_shard=sizes.pop() if len(sizes) == 1 else default_rows_per_shard(first.levels),
         tokenizer=tokenizer,
         preprocessing=first.preprocessing,
         corpus={
@@ -72,7 +76,7 @@ def joined_spec(
                 num_samples=sum(count.seen for count in counts),
             ),
         ),
-        codec=codec or next((_codec(source) for source in sources if len(source.codes)), CODECS[0]),
+        codec=codec or (codecs.pop() if len(codecs) == 1 else None),
     )
 
 
@@ -156,7 +160,3 @@ def _common_facts(sources: Sequence[Source]) -> dict[str, Any]:
 
 def _skipped(sources: Iterable[Source]) -> Counter[str]:
     return sum((Counter(source.codes.spec.corpus.get("skipped", {})) for source in sources), Counter[str]())
-
-
-def _codec(source: Source) -> str:
-    return source.codes.spec.codec or CODECS[0]

@@ -12,13 +12,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from vqmill.commits import Commit, Counts
 from vqmill.errors import CodesError
 from vqmill.files import canonical_json
 from vqmill.layout import commit_file, group_metadata, label_column, quarantine_file, read_spec, samples_file
 from vqmill.spec import MISSING_LABEL
 from vqmill.store import Codes
 from vqmill.tables import QUARANTINE_SCHEMA, SAMPLES_SCHEMA
-from vqmill.writer import Commit, Counts
 
 SPAN_ROWS = 256  # rows of a span, in which the cursor of a copy counts
 IDENTITY = ("input_shard", "index", "key", "source")  # rows that follow each other with these equal are of one sample
@@ -34,7 +34,7 @@ class Source:
         codes: the store.
         rows: numbers of the rows, ascending: a range, or int64 [n].
         digest: names the store's content and the selection.
-        encoded: int64 [spans], how many samples begin in each span; a source without rows has one span.
+        encoded: int64 [spans], how many samples begin in each span.
         labels: how many of the rows have each label; MISSING_LABEL for none.
         keys: int64 [n], hashes of the rows' sample keys, comparable in this process only.
         table_bytes: what the store's tables take on the disk.
@@ -56,6 +56,11 @@ class Source:
         return sum((_set_aside(commits) for commits in self.carried.values()), Counts(int(self.encoded.sum())))
 
     @property
+    def num_spans(self) -> int:
+        """One at least, which may be without rows."""
+        return len(self.encoded)
+
+    @property
     def has_labels(self) -> bool:
         """Whether any of the rows has a label."""
         return any(label != MISSING_LABEL for label in self.labels)
@@ -74,9 +79,11 @@ class Source:
         Raises:
             CodesError: damaged.
         """
-        rows = self.rows[first:stop]
-        low, high = int(rows[0]), int(rows[-1])
-        return self.codes[level][low : high + 1] if high - low + 1 == len(rows) else self.codes[level][rows]
+        rows, values = self.rows[first:stop], self.codes[level]
+        if isinstance(rows, range):
+            return values[rows.start : rows.stop]
+        # By Zarr shard, for the memory that scattered rows take while they are read grows with the rows between them.
+        return np.concatenate([values[part] for part in _by_shard(rows, self.codes.spec.rows_per_shard)])
 
     def read_samples(self, first: int, stop: int) -> pa.Table:
         """Their lines of the samples table, as they are.
@@ -209,13 +216,17 @@ def _begins(samples: pa.Table, rows: Rows) -> np.ndarray[Any, np.dtype[np.bool_]
 
 def _samples_of(codes: Codes, rows: Rows) -> pa.Table:
     """Lines of the samples table by ascending row number."""
-    size = codes.spec.rows_per_shard
+    parts = [SAMPLES_SCHEMA.empty_table()]
+    for part in _by_shard(rows, codes.spec.rows_per_shard):
+        first, last = int(part[0]), int(part[-1])
+        parts.append(codes.samples(first, last + 1).take(part - first))
+    return pa.concat_tables(parts)
+
+
+def _by_shard(rows: Rows, size: int) -> list[Rows]:
+    """Ascending row numbers, one part for each Zarr shard of `size` rows that has any of them."""
     shards = rows // size
-    parts = [
-        codes.samples(shard * size, (shard + 1) * size).take(pa.array(rows[shards == shard] - shard * size))
-        for shard in np.unique(shards).tolist()
-    ]
-    return pa.concat_tables([SAMPLES_SCHEMA.empty_table(), *parts])
+    return np.split(rows, np.flatnonzero(shards[1:] != shards[:-1]) + 1)
 
 
 def _parts(rows: range, size: int) -> Iterator[range]:

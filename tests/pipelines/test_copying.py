@@ -27,10 +27,12 @@ from pipelines.copy_command import slice_store
 from pipelines.options import Codec
 from pipelines.results import Result
 from pipelines.tokenize_command import recorded_tokenizer, run_file
+from vqmill.commits import Counts
 from vqmill.errors import CodesError, UsageError
+from vqmill.layout import smallest_codec
 from vqmill.spec import LevelSpec, StoreSpec
 from vqmill.verify import verify_store
-from vqmill.writer import Counts, StoreWriter
+from vqmill.writer import StoreWriter
 
 SPAN = 5  # rows of a span in these tests, so that small stores have many
 
@@ -179,7 +181,8 @@ def test_video_codes_one_level_and_other_shards_and_codec(stores: Any, tmp_path:
     two = make(stores, tmp_path / "two.zarr", 13, spec=other, seed=5)
     merge(one, two, out=tmp_path / "auto.zarr")
     made = vqmill.open_codes(tmp_path / "auto.zarr").spec
-    assert (made.rows_per_shard, made.codec) == (4096, "blosc-zstd")
+    both = {"codes": np.concatenate([vqmill.open_codes(store)["codes"][:] for store in (one, two)])}
+    assert (made.rows_per_shard, made.codec) == (4096, smallest_codec(made, both))
     merge(one, two, out=tmp_path / "chosen.zarr", shard_rows=5, codec="blosc-lz4")
     made = vqmill.open_codes(tmp_path / "chosen.zarr").spec
     assert (made.rows_per_shard, made.codec) == (5, "blosc-lz4")
@@ -257,6 +260,22 @@ def test_a_copy_killed_again_and_again(
     assert stores.files(out) == before, "a finished copy is left alone"
 
 
+@pytest.mark.parametrize("lost", [[0], [1, 2], [0, 4], [4]])
+def test_lost_zarr_shards_of_an_unfinished_copy_are_made_again(
+    pair: tuple[Path, Path], stores: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: list[int]
+) -> None:
+    merge(*pair, out=tmp_path / "whole.zarr", shard_rows=7)
+    out = tmp_path / "c.zarr"
+    killed_after(monkeypatch, 5, lambda: merge(*pair, out=out, shard_rows=7))
+    for shard in lost:
+        (out / f"bottom/c/{shard}/0/0").unlink()
+        (out / f"samples/part-{shard:06d}.parquet").unlink()
+    result = merge(*pair, out=out, shard_rows=7)
+    assert (result.facts["mended_shards"], result.facts["resumed_rows"]) == (lost, 35)
+    assert f"Zarr shards {', '.join(map(str, lost))}" in "\n".join(result.lines)
+    assert stores.files(out) == stores.files(tmp_path / "whole.zarr")
+
+
 def test_a_process_that_dies(pair: tuple[Path, Path], stores: Any, tmp_path: Path) -> None:
     program = """if True:
         import os, sys
@@ -296,20 +315,21 @@ def test_the_output_does_not_depend_on_the_number_of_threads(
 def test_no_more_zarr_shards_are_in_memory_than_there_are_threads(
     pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, lock, held, most = pipelines.copying._write, threading.Lock(), [0], [0]
+    real, lock, held, most = pipelines.copying._read_and_write, threading.Lock(), [0], [0]
 
-    def write(*arguments: Any) -> Any:
+    def read_and_write(*arguments: Any) -> Any:
         with lock:
             held[0] += 1
             most[0] = max(most[0], held[0])
         try:
-            assert arguments[3].rows <= 2
-            return real(*arguments)
+            written, rows = real(*arguments)
+            assert rows <= 2
+            return written, rows
         finally:
             with lock:
                 held[0] -= 1
 
-    monkeypatch.setattr(pipelines.copying, "_write", write)
+    monkeypatch.setattr(pipelines.copying, "_read_and_write", read_and_write)
     monkeypatch.setattr(pipelines.copying, "THREADS", 2)
     merge(*pair, out=tmp_path / "c.zarr", shard_rows=2)
     assert 1 <= most[0] <= 2
