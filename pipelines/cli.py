@@ -128,9 +128,10 @@ def merge(
 ) -> int:
     """Make one code store of several that the same tokenizer made, without encoding anything again.
 
+    The rows of the first store come first, then those of the second, and so on; samples and quarantine lines come along as they are.
+
         vqmill merge 2023.zarr 2024.zarr --out both.zarr
 
-    The rows of the first store come first, then those of the second, and so on; samples and quarantine lines come along as they are.
     Levels, tokenizer, preset, precision, preprocessing and class names must be the same: a difference is shown and refused. Stopped
     copies, killed ones too, go on when the same command is given. One store alone is cut or compressed anew:
 
@@ -139,7 +140,8 @@ def merge(
     Args:
         stores: finished code stores, in the order in which their rows are wanted.
         out: the store to make.
-        shard_rows: rows of a Zarr shard, the unit of commit; as in the stores if they agree, else 4,096 at most. Raised a little when it divides badly.
+        shard_rows: rows of a Zarr shard, the unit of commit; as in the stores if they agree, else 4,096 at most. Raised a little when it
+            divides badly.
         codec: how codes are compressed; as in the stores if they agree, else auto takes the smallest on the first Zarr shard.
     """
     from pipelines.copy_command import merge as job
@@ -149,16 +151,17 @@ def merge(
 
 @app.command(name="slice")
 def slice_store(
-    store: Path, /, *, out: Path, rows: str | None = None, label: list[int] | None = None, shard_rows: int | None = None,
-    codec: Codec = "auto", common: Common = Common(),
+    store: Path, /, *, out: Path, rows: str | None = None, label: Annotated[list[int] | None, Parameter(negative="")] = None,
+    shard_rows: int | None = None, codec: Codec = "auto", common: Common = Common(),
 ) -> int:  # fmt: skip
     """Make a code store of some rows of another, without encoding anything again.
+
+    Rows keep their order. With both filters, the rows in the range that have one of the labels are taken.
 
         vqmill slice codes.zarr --out first.zarr --rows 0:10000
         vqmill slice codes.zarr --out shoes.zarr --label 5 --label 7
 
-    Rows keep their order. With both filters, the rows in the range that have one of the labels are taken. Quarantine lines stay behind:
-    they are of samples without rows. Stopped copies, killed ones too, go on when the same command is given.
+    Quarantine lines stay behind: they are of samples without rows. Stopped copies, killed ones too, go on when the same command is given.
 
     Args:
         store: a finished code store.

@@ -74,7 +74,7 @@ def copy_rows(
     start = time.monotonic()
     rows = sum(len(source.rows) for source in sources)
     committed = read_spec(out).num_rows if (out / "zarr.json").exists() else 0
-    require_room(out, (rows - committed) * spec.row_bytes + sum(source.table_bytes for source in sources))
+    require_room(out, max(0, rows - committed) * spec.row_bytes + sum(source.table_bytes for source in sources))
     with StoreWriter(out, spec) as writer:
         resumed, unfinished = writer.spec.num_rows, not writer.spec.complete
         missing = writer.missing_shards() if unfinished else []

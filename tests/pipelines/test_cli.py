@@ -21,7 +21,19 @@ from pipelines.options import FitFlags
 from vqmill.layout import group_metadata, read_spec, smallest_codec
 from vqmill.verify import verify_store
 
-COMMANDS = ("train-tokenizer", "tokenize", "inspect", "verify", "decode", "train-prior", "sample", "demo", "doctor")
+COMMANDS = (
+    "train-tokenizer",
+    "tokenize",
+    "inspect",
+    "verify",
+    "merge",
+    "slice",
+    "decode",
+    "train-prior",
+    "sample",
+    "demo",
+    "doctor",
+)
 TINY = """[tokenizer]
 size = 16
 codebook_size = 32
