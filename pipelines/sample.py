@@ -144,7 +144,7 @@ def _write_codes(
                 for row in rows
             ]  # fmt: skip
             files = write_shard(
-                path, spec, writer.spec.num_commits, {name: values[rows.start : rows.stop] for name, values in codes.items()},
+                path, writer.spec, writer.spec.num_commits, {name: values[rows.start : rows.stop] for name, values in codes.items()},
                 pa.Table.from_pylist(known, schema=SAMPLES_SCHEMA), QUARANTINE_SCHEMA.empty_table(),
             )  # fmt: skip
             writer.commit(len(rows), Cursor(0, 0, rows.stop), Counts(encoded=len(rows)), files)

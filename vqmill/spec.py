@@ -95,7 +95,7 @@ def usable_rows_per_shard(levels: Sequence[LevelSpec], wanted: int) -> int:
 
     A prime would else give chunks of one row, which neither compress nor read well.
 
-    >>> usable_rows_per_shard([LevelSpec("codes", 512, (64, 64))], 1009)    # chunks of 15 rows
+    >>> usable_rows_per_shard([LevelSpec("codes", 512, (64, 64))], 1009)    # 101 chunks of 10 rows
     1010
     """
     finest = max(levels, key=lambda level: level.row_bytes)

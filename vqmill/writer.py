@@ -45,7 +45,7 @@ def write_shard(
 
     Args:
         store: the store's folder.
-        spec: its specification.
+        spec: its specification, as the writer has it: with the codec that was chosen.
         shard: the number of this Zarr shard.
         codes: by level, integers [n, *grid], n <= rows_per_shard; n is 0 only when a whole corpus gave nothing but quarantine rows.
         samples: n rows of SAMPLES_SCHEMA.
