@@ -14,17 +14,10 @@ from vqmill.errors import UsageError
 from vqmill.settings import different_settings
 from vqmill.spec import CODECS, Segment, StoreSpec, default_rows_per_shard, usable_rows_per_shard
 
-JOINED = (
-    "batch_size",
-    "computed_on",
-)  # facts of the tokenizer's runs: they move single codes by rounding, not what codes mean
-REWRITTEN = (
-    "description",
-    "num_samples",
-    "class_names",
-    "skipped",
-    "copied",
-)  # of `corpus`; more is kept where all agree
+# Facts of the tokenizer's runs: they may move single codes by rounding, not what codes mean.
+JOINED = ("batch_size", "computed_on")
+# Of the corpus; what it says beside these is kept where all sources agree.
+REWRITTEN = ("description", "num_samples", "class_names", "skipped", "copied")
 BETWEEN = "; "  # joined values
 
 
