@@ -205,9 +205,7 @@ def _labels(
     return out[: commit.rows], []
 
 
-def _samples(
-    store: Path, commit: Commit, labels: np.ndarray[Any, Any] | None
-) -> tuple[pa.Table | None, list[Problem]]:
+def _samples(store: Path, commit: Commit, labels: np.ndarray[Any, Any] | None) -> tuple[pa.Table | None, list[Problem]]:
     name = layout.samples_file(commit.shard)
     try:
         table = _table(store / name, SAMPLES_SCHEMA, commit.rows)
@@ -247,6 +245,6 @@ def _table(path: Path, schema: pa.Schema, rows: int | None = None) -> pa.Table:
                 raise CodesError(
                     f"holds {count:,} rows of {some(file.schema_arrow.names) or 'nothing'}, expected {expected}"
                 )
-            return file.read()
+            return file.read()  # pyright: ignore[reportUnknownMemberType]
     except (OSError, pa.ArrowException) as error:
         raise CodesError(f"cannot be read ({error})") from error

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vqmill import layout
 from vqmill.errors import CodesError
 from vqmill.files import hold_lock, sync_folder, write_whole
-from vqmill.problems import Problem, span, whole_commits
+from vqmill.problems import Problem, span
 from vqmill.spec import StoreSpec
-from vqmill.verify import made_by_tokenizing, shard_of, verify_store
+from vqmill.verify import resumable_commits, shard_of, verify_store
+from vqmill.writer import files_of
 
 
 @dataclass(frozen=True)
@@ -25,16 +26,16 @@ class RepairPlan:
 
     Attributes:
         spec: what the store will say of itself.
-        group: whether the group's metadata is written anew.
-        arrays: metadata files of arrays to write anew, by their path in the store.
-        remove: files to remove, by their path in the store.
+        rewrite: metadata files to write anew, by their path in the store; the group's is written first.
+        remove: files to remove.
+        remake: damaged files of commits that stay, to remove where they are there, and to be made again by the job.
         remaining: problems that no repair can mend.
     """
 
     spec: StoreSpec
-    group: bool
-    arrays: tuple[str, ...]
+    rewrite: tuple[str, ...]
     remove: tuple[str, ...]
+    remake: tuple[str, ...]
     remaining: tuple[Problem, ...]
 
 
@@ -59,7 +60,8 @@ def plan_repair(spec: StoreSpec, problems: Iterable[Problem], names: Iterable[st
     - Files that belong to nothing are removed. Metadata that is not what the group's sealed part says is written anew.
     - A lost tail is given up: the store goes back to the Zarr shards before it, one at least.
     - Damaged files of the Zarr shards that stay are removed; their commit records stay, so that what is made in their place can be compared.
-    - Both are done only when `tokenize` can make them again; then the store is unfinished.
+    - Both only when `tokenize` can make again what is taken away; the store is then unfinished.
+    - Segments stay: `tokenize` goes on with the plan of the last one, which begins with those before it.
 
     Args:
         spec: what the store says of itself.
@@ -67,41 +69,33 @@ def plan_repair(spec: StoreSpec, problems: Iterable[Problem], names: Iterable[st
         names: every file of the store, by its path in it.
     """
     problems = tuple(problems)
-    tokenized = made_by_tokenizing(spec)
-    kept = whole_commits(spec.num_commits, problems) if tokenized else spec.num_commits
-    kept = kept or spec.num_commits  # with no whole commit there is nothing to go back to
+    resumable = resumable_commits(spec, problems)
+    kept = spec.num_commits if resumable is None else resumable
+    remake: list[str] = []
+    remove: set[str] = set()
+    rewrite: set[str] = set()
+    remaining: list[Problem] = []
+    links = tuple(f"{problem.file}/" for problem in problems if problem.kind == "link")
+    for problem in problems:
+        if problem.kind in ("leftover", "pending"):
+            remove.add(problem.file)
+        elif problem.kind == "metadata" and not problem.file.startswith(links):
+            rewrite.add(problem.file)
+        elif problem.kind == "unfinished" or (problem.shards is not None and problem.shards[0] >= kept):
+            continue  # nothing to mend, or it goes with the tail
+        elif problem.kind == "damaged" and resumable is not None:
+            remake.append(problem.file)
+        else:
+            remaining.append(problem)
     after = spec
     if kept < spec.num_commits:
-        after = after.with_progress(num_rows=kept * spec.rows_per_shard, num_commits=kept, complete=False)
-    remove: set[str] = set()
-    rewrite: set[str] = set(layout.array_metadata(spec)) if after != spec else set()
-    remaining: list[Problem] = []
-    for problem in problems:
-        lost = problem.shards is not None and problem.shards[0] >= kept
-        match problem.kind:
-            case "leftover" | "pending":
-                remove.add(problem.file)
-            case "metadata":
-                rewrite.add(problem.file)
-            case "damaged" if tokenized and not lost:
-                remove.add(problem.file)
-                after = after.with_progress(num_rows=after.num_rows, num_commits=kept, complete=False)
-            case "unfinished":
-                pass
-            case _ if not lost:
-                remaining.append(problem)
-            case _:
-                pass  # goes with the tail
-    names = set(names)
-    if kept < spec.num_commits:
+        after = spec.with_progress(num_rows=kept * spec.rows_per_shard, num_commits=kept, complete=False)
+        rewrite |= {*layout.array_metadata(after), "zarr.json"}
         remove |= {name for name in names if (shard := shard_of(spec, name)) is not None and shard >= kept}
-    return RepairPlan(
-        spec=after,
-        group=after != spec or "zarr.json" in rewrite,
-        arrays=tuple(sorted(rewrite - {"zarr.json"})),
-        remove=tuple(sorted(remove & names)),
-        remaining=tuple(remaining),
-    )
+    elif remake and spec.complete:
+        after = replace(spec, complete=False)
+        rewrite.add("zarr.json")
+    return RepairPlan(after, tuple(sorted(rewrite)), tuple(sorted(remove)), tuple(sorted(remake)), tuple(remaining))
 
 
 def repair_store(
@@ -128,7 +122,7 @@ def repair_store(
     try:
         spec = layout.read_spec(path)
         problems = verify_store(path, progress, again=again).problems
-        plan = plan_repair(spec, problems, _names(path))
+        plan = plan_repair(spec, problems, [file.relative_to(path).as_posix() for file in files_of(path)])
         if not dry_run:
             _carry_out(path, plan)
             _require_mended(path, plan)
@@ -137,28 +131,21 @@ def repair_store(
     return Repair(tuple(_said(spec, plan)), plan.remaining, plan.spec.complete)
 
 
-def _names(path: Path) -> list[str]:
-    from vqmill.writer import files_of
-
-    return [file.relative_to(path).as_posix() for file in files_of(path)]
-
-
 def _carry_out(path: Path, plan: RepairPlan) -> None:
     """The group first: from then on readers refuse the store, or see only rows that stay."""
-    if plan.group:
-        write_whole(path / "zarr.json", layout.group_metadata(plan.spec))
-    metadata = layout.array_metadata(plan.spec)
-    for name in plan.arrays:
+    metadata = {**layout.array_metadata(plan.spec), "zarr.json": layout.group_metadata(plan.spec)}
+    for name in sorted(plan.rewrite, key=lambda name: name != "zarr.json"):
         write_whole(path / name, metadata[name])
-    for name in plan.remove:
-        (path / name).unlink(missing_ok=True)
-    for folder in sorted({(path / name).parent for name in plan.remove}):
+    removed = [path / name for name in (*plan.remove, *plan.remake)]
+    for file in removed:
+        file.unlink(missing_ok=True)
+    for folder in sorted({file.parent for file in removed if file.parent.is_dir()}):
         sync_folder(folder)
 
 
 def _require_mended(path: Path, plan: RepairPlan) -> None:
     """Looks again, at metadata and sizes: what is left must be what was said to be left, and what was taken away to be made again."""
-    expected = {problem.file for problem in plan.remaining} | set(plan.remove)
+    expected = {problem.file for problem in plan.remaining} | set(plan.remake)
     for problem in verify_store(path, quick=True).damage:
         if problem.file not in expected:
             raise CodesError(f"{path}: repaired, and yet: {problem}")
@@ -168,13 +155,9 @@ def _said(before: StoreSpec, plan: RepairPlan) -> Iterable[str]:
     after = plan.spec
     if after.num_commits < before.num_commits:
         lost = span("Zarr shard", (after.num_commits, before.num_commits - 1))
-        rows = span("row", (after.num_rows, before.num_rows - 1))
-        yield f"back to {after.num_commits:,} Zarr shards with {after.num_rows:,} rows; {lost} ({rows}) given up"
+        yield f"back to {after.num_commits:,} Zarr shards; {lost} with {before.num_rows - after.num_rows:,} rows given up"
     if before.complete and not after.complete:
         yield "marked as unfinished"
-    if plan.group and after == before:
-        yield "zarr.json written anew"
-    for name in plan.arrays:
-        yield f"{name} written anew"
-    for name in plan.remove:
-        yield f"{name} removed"
+    yield from (f"{name}: written anew" for name in plan.rewrite)
+    yield from (f"{name}: removed" for name in plan.remove)
+    yield from (f"{name}: removed, to be made again" for name in plan.remake)

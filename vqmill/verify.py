@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 from vqmill import layout
 from vqmill.contents import ShardFindings, check_shard, check_sizes
 from vqmill.errors import CodesError
-from vqmill.files import PARTIAL_SUFFIX, JsonValue
+from vqmill.files import PARTIAL_SUFFIX
 from vqmill.problems import NO_DAMAGE, Problem, whole_commits
 from vqmill.spec import StoreSpec
 from vqmill.usage import CodeUsage
@@ -77,15 +77,15 @@ def verify_store(
     commits = _read_commits(path, spec, names, problems)
     problems += _order_problems(spec, commits)
     usage = {level.name: CodeUsage(level.codebook_size) for level in spec.levels}
-    bytes_read = done = 0
+    bytes_read = 0
     visible = [commit for commit in commits.values() if not _behind(links, spec, commit)]
     check = check_sizes if quick else check_shard
-    for findings in _in_threads([lambda commit=commit: check(path, spec, commit) for commit in visible]):
+    checks = _in_threads(lambda commit=commit: check(path, spec, commit) for commit in visible)
+    for done, findings in enumerate(checks, start=1):
         problems += findings.problems
         bytes_read += findings.bytes_read
         for name, found in findings.usage.items():
             usage[name].merge(found)
-        done += 1
         if progress:
             progress(done, spec.num_commits)
     problems += _foreign_files(spec, [name for name in names if name not in links])
@@ -111,7 +111,20 @@ def made_by_tokenizing(spec: StoreSpec) -> bool:
     return "description" in spec.corpus and spec.corpus.keys() <= TOKENIZED
 
 
-def _in_threads(tasks: list[Callable[[], ShardFindings]]) -> Iterator[ShardFindings]:
+def resumable_commits(spec: StoreSpec, problems: Iterable[Problem]) -> int | None:
+    """How many commits `tokenize` can go on from, or make again, after a repair; None when it cannot at all.
+
+    It cannot when it did not make the store, when no commit is whole, or when one in the middle is lost, for it reads every record.
+    """
+    problems = tuple(problems)
+    whole = whole_commits(spec.num_commits, problems)
+    lost = any(problem.kind == "record" and problem.shards and problem.shards[0] < whole for problem in problems)
+    other = any(problem.kind in ("link", "counts") for problem in problems)
+    stuck = lost or other or (whole == 0 and spec.num_commits > 0)
+    return whole if made_by_tokenizing(spec) and not stuck else None
+
+
+def _in_threads(tasks: Iterable[Callable[[], ShardFindings]]) -> Iterator[ShardFindings]:
     """Results in order; no more are waiting than there are threads, so that memory is bounded."""
     waiting: deque[Future[ShardFindings]] = deque()
     with ThreadPoolExecutor(THREADS) as threads:
@@ -133,22 +146,30 @@ def _metadata_problems(path: Path, spec: StoreSpec) -> Iterator[Problem]:
         try:
             if (path / name).stat().st_size > layout.MAX_METADATA_BYTES:
                 raise ValueError(f"larger than {layout.MAX_METADATA_BYTES:,} bytes")
-            found: JsonValue = json.loads((path / name).read_bytes())
-            wanted: JsonValue = json.loads(expected)
+            found: Any = json.loads((path / name).read_bytes())
+            wanted: Any = json.loads(expected)
             if array is None:
                 found, wanted = _known_keys(found, wanted), _known_keys(wanted, wanted)
+            elif not spec.complete:
+                found = _not_ahead(found, wanted)
             if found != wanted:
                 yield Problem("metadata", name, "not what this store's metadata should be", array)
         except OSError as error:
             yield Problem("metadata", name, f"cannot be read: {error.strerror}", array)
-        except (ValueError, RecursionError) as error:
-            yield Problem("metadata", name, f"damaged: not JSON ({error})", array)
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
+            yield Problem("metadata", name, f"damaged: not the JSON of an array or a group ({error})", array)
 
 
-def _known_keys(group: Any, known: Any) -> JsonValue:
+def _known_keys(group: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
     """A group's metadata without what later writers may add under our name, and without the checksum of it all."""
     ours = {key: value for key, value in group["attributes"]["vqmill"].items() if key in known["attributes"]["vqmill"]}
     return {**group, "attributes": {**group["attributes"], "vqmill": {**ours, "sha256": None}}}
+
+
+def _not_ahead(array: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+    """An array's metadata with the rows that count: while a job writes, or after it was killed, the array may have more."""
+    rows = wanted["shape"][0]
+    return {**array, "shape": [rows, *array["shape"][1:]]} if array["shape"][0] > rows else array
 
 
 def _read_commits(path: Path, spec: StoreSpec, names: list[str], problems: list[Problem]) -> dict[int, Commit]:
@@ -264,28 +285,28 @@ def _advised(
 ) -> tuple[Problem, ...]:
     """The problems with the input shards they concern, and what to do about each."""
     repair = f"vqmill repair {path}"
-    tokenize = again or "the `vqmill tokenize` command that made the store"
-    tokenized = made_by_tokenizing(spec)
-    whole = whole_commits(spec.num_commits, problems)
+    job = again or f"the `vqmill{' tokenize' if made_by_tokenizing(spec) else ''}` command that made the store"
+    whole = resumable_commits(spec, problems)
     advised: list[Problem] = []
     for problem in problems:
         shards = problem.shards
         match problem.kind:
             case "unfinished" | "pending":
-                advice = f"To finish it, run: {tokenize if tokenized else 'the command that made the store'}"
+                advice = f"To finish it, run: {job}"
             case "leftover" | "metadata":
                 advice = f"To mend it, run: {repair}"
             case "link":
-                advice = "Copy the store with its links resolved (cp -rL)."
+                advice = "Copy the store with its links resolved (cp -rL)"
             case "counts":
-                advice = "Restore the store's metadata and commit records from a copy."
-            case "damaged" if tokenized:
-                advice = f"To make it again, run: {repair}, then: {tokenize}"
-            case "record" | "content" if tokenized and whole and shards and shards[0] >= whole:
-                advice = f"Restore it from a copy; or, to go back to the {whole:,} Zarr shards before it, run: {repair}, then: {tokenize}"
+                advice = "Restore the store's metadata and commit records from a copy"
+            case "damaged" if whole is not None:
+                advice = f"To make it again, run: {repair}, then: {job}"
+            case "record" | "content" if whole is not None and shards and shards[0] >= whole:
+                advice = (
+                    f"Restore it from a copy; or go back to the {whole:,} Zarr shards before it: {repair}, then: {job}"
+                )
             case _:
-                other = f"tokenize into another --out: {tokenize}" if tokenized else "make the store again"
-                advice = f"Restore it from a copy, or {other}"
+                advice = f"Restore it from a copy, or make the store again at another place: {job}"
         advised.append(replace(problem, advice=advice, input_shards=_input_shards(commits, problem)))
     return tuple(advised)
 
