@@ -160,9 +160,9 @@ def _broken_codes(
     broken = _undecodable(reasons, chunk_rows, commit)
     if beyond:
         row, code = beyond[0]
-        more = f", and {len(beyond) - 1:,} more rows hold such codes" if len(beyond) > 1 else ""
         size = level.codebook_size
-        text = f"holds code {code} at row {row:,}{more}, but codebook_size is {size} (valid 0..{size - 1})"
+        text = f"holds code {code} at row {row:,}, but codebook_size is {size} (valid 0..{size - 1})"
+        text += f"; {len(beyond):,} rows hold such codes" if len(beyond) > 1 else ""
         broken.append((text, (row, beyond[-1][0])))
     return broken
 

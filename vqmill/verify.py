@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -284,7 +285,7 @@ def _advised(
     path: Path, spec: StoreSpec, commits: Mapping[int, Commit], problems: list[Problem], again: str | None
 ) -> tuple[Problem, ...]:
     """The problems with the input shards they concern, and what to do about each."""
-    repair = f"vqmill repair {path}"
+    repair = f"vqmill repair {shlex.quote(str(path))}"
     job = again or f"the `vqmill{' tokenize' if made_by_tokenizing(spec) else ''}` command that made the store"
     whole = resumable_commits(spec, problems)
     advised: list[Problem] = []
