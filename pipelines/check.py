@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pipelines.progress import meter
-from pipelines.results import FAILED, Result
+from pipelines.results import FAILED, OK, Result
 from pipelines.tokenize_command import run_file
 from vqmill.files import JsonValue
 from vqmill.layout import read_spec
@@ -60,7 +60,7 @@ def repair(store: Path, *, dry_run: bool) -> Result:
     command = recorded_command(store)
     with meter("verifying", "Zarr shards") as show:
         made = repair_store(store, show, dry_run=dry_run, again=command)
-    lines = [f"would be {line}" if dry_run else line for line in made.done] or ["nothing to mend"]
+    lines = [f"would do: {line}" if dry_run else line for line in made.done] or ["nothing to mend"]
     lines += [f"REMAINS {problem}" for problem in made.remaining]
     facts = {
         "store": str(store),
@@ -68,15 +68,14 @@ def repair(store: Path, *, dry_run: bool) -> Result:
         "remaining": [problem.to_json() for problem in made.remaining],
         "complete": made.complete,
         "dry_run": dry_run,
+        "next": None if made.complete else made.next,
     }
     if not made.complete:
-        then = "afterwards, run" if dry_run else "to finish the store, run"
-        lines.append(f"{then}: {command or 'the command that made it'}")
-        facts["next"] = command
-    whole = made.complete and not made.remaining
+        lines.append(f"{'afterwards' if dry_run else 'to finish the store'}, run: {made.next}")
+    whole = made.complete and not made.remaining and not (dry_run and made.done)
     if whole:
-        lines.append(f"{store}: {'would be ' if dry_run and made.done else ''}whole")
-    return Result(lines, facts=facts, code=0 if whole and not (dry_run and made.done) else FAILED)
+        lines.append(f"{store}: whole")
+    return Result(lines, facts=facts, code=OK if whole else FAILED)
 
 
 def recorded_command(store: Path) -> str | None:

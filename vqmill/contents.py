@@ -45,7 +45,8 @@ def check_sizes(store: Path, spec: StoreSpec, commit: Commit) -> ShardFindings:
     found = ShardFindings()
     for name, array in _files(spec, commit):
         if wrong := _other_size(store / name, commit.files[name]):
-            found.problems.append(_problem("damaged", name, wrong, commit, array))
+            kind = "reopened" if _may_be_reopened(spec, commit) and (store / name).is_file() else "damaged"
+            found.problems.append(_problem(kind, name, wrong, commit, array))
     return found
 
 
@@ -75,10 +76,11 @@ def check_shard(store: Path, spec: StoreSpec, commit: Commit) -> ShardFindings:
         elif array is not None:
             labels, broken = _labels(store, spec, commit)
         if wrong:
+            good = not broken and (array is not None or _is_table(store / name))
             places = "; ".join(text for text, _ in broken) or ("all its chunks can be decoded" if array else "")
-            found.problems.append(
-                _problem("damaged", name, f"{wrong}; {places}".removesuffix("; "), commit, array, _around(broken))
-            )
+            kind = "reopened" if good and _may_be_reopened(spec, commit) else "damaged"
+            text = f"{wrong}; {places}".removesuffix("; ")
+            found.problems.append(_problem(kind, name, text, commit, array, _around(broken)))
             continue
         whole.add(name)
         found.problems += [_problem("content", name, text, commit, array, rows) for text, rows in broken]
@@ -90,6 +92,11 @@ def check_shard(store: Path, spec: StoreSpec, commit: Commit) -> ShardFindings:
         sources = tuple(dict.fromkeys(samples["source"].to_pylist()))
         found.problems = [replace(problem, sources=sources) for problem in found.problems]
     return found
+
+
+def _may_be_reopened(spec: StoreSpec, commit: Commit) -> bool:
+    """Whether a growing store may have written the files of this commit anew: the last one's, when it is not full."""
+    return not spec.complete and commit.shard == spec.num_commits - 1 and commit.rows < spec.rows_per_shard
 
 
 def _files(spec: StoreSpec, commit: Commit) -> Iterator[tuple[str, str | None]]:
@@ -229,6 +236,15 @@ def _quarantine(store: Path, commit: Commit) -> Iterator[Problem]:
     if lines < commit.counts.quarantined:  # more is fine: a sample may be encoded and leave a warning
         text = f"{lines:,} rows, the commit record says {commit.counts.quarantined:,}"
         yield _problem("content", name, text, commit, None)
+
+
+def _is_table(path: Path) -> bool:
+    schema = SAMPLES_SCHEMA if path.parent.name == "samples" else QUARANTINE_SCHEMA
+    try:
+        _table(path, schema)
+    except CodesError:
+        return False
+    return True
 
 
 def _table(path: Path, schema: pa.Schema, rows: int | None = None) -> pa.Table:

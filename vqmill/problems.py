@@ -6,8 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-Kind = Literal["unfinished", "pending", "leftover", "link", "metadata", "record", "damaged", "content", "counts"]
-NO_DAMAGE = ("unfinished", "pending")
+Kind = Literal[
+    "unfinished", "pending", "reopened", "leftover", "link", "metadata", "record", "damaged", "content", "counts"
+]
+NO_DAMAGE = ("unfinished", "pending", "reopened")
 LISTED = 4
 
 
@@ -17,7 +19,7 @@ class Problem:
 
     Attributes:
         kind: `unfinished`, the plan is not all in; `pending`, a file of a Zarr shard that is not committed yet in an unfinished store;
-            `leftover`, a file that belongs to nothing; `link`, a symbolic link; `metadata`, a zarr.json that is not what the store's should
+            `reopened`, a file of the last Zarr shard that was written anew with more rows, whose record is still the old one; `leftover`, a file that belongs to nothing; `link`, a symbolic link; `metadata`, a zarr.json that is not what the store's should
             be; `record`, a commit record that is missing, damaged or contradicts the store; `damaged`, a committed file that is missing or
             has other bytes than were committed; `content`, the committed bytes, but what they hold cannot be; `counts`, numbers of the whole
             store that do not add up.

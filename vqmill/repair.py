@@ -16,7 +16,7 @@ from vqmill.errors import CodesError
 from vqmill.files import hold_lock, sync_folder, write_whole
 from vqmill.problems import Problem, span
 from vqmill.spec import StoreSpec
-from vqmill.verify import resumable_commits, shard_of, verify_store
+from vqmill.verify import job_of, resumable_commits, shard_of, verify_store
 from vqmill.writer import files_of
 
 
@@ -46,12 +46,14 @@ class Repair:
     Attributes:
         done: one sentence for each thing.
         remaining: problems that it could not mend.
-        complete: whether the whole plan is still in; otherwise the job that made the store is to be run again.
+        complete: whether the whole plan is still in.
+        next: the command that finishes the store when it is not, or words for it.
     """
 
     done: tuple[str, ...]
     remaining: tuple[Problem, ...]
     complete: bool
+    next: str
 
 
 def plan_repair(spec: StoreSpec, problems: Iterable[Problem], names: Iterable[str]) -> RepairPlan:
@@ -81,8 +83,8 @@ def plan_repair(spec: StoreSpec, problems: Iterable[Problem], names: Iterable[st
             remove.add(problem.file)
         elif problem.kind == "metadata" and not problem.file.startswith(links):
             rewrite.add(problem.file)
-        elif problem.kind == "unfinished" or (problem.shards is not None and problem.shards[0] >= kept):
-            continue  # nothing to mend, or it goes with the tail
+        elif problem.kind in ("unfinished", "reopened") or (problem.shards is not None and problem.shards[0] >= kept):
+            continue  # the job sees to it, or it goes with the tail
         elif problem.kind == "damaged" and resumable is not None:
             remake.append(problem.file)
         else:
@@ -128,7 +130,7 @@ def repair_store(
             _require_mended(path, plan)
     finally:
         os.close(lock)
-    return Repair(tuple(_said(spec, plan)), plan.remaining, plan.spec.complete)
+    return Repair(tuple(_said(spec, plan)), plan.remaining, plan.spec.complete, job_of(spec, again))
 
 
 def _carry_out(path: Path, plan: RepairPlan) -> None:

@@ -107,9 +107,19 @@ def rows_of(spec: StoreSpec, shard: int) -> int:
     return min(spec.rows_per_shard, spec.num_rows - shard * spec.rows_per_shard)
 
 
+def _may_grow(spec: StoreSpec, shard: int) -> bool:
+    """Whether a Zarr shard may have more rows than the group counts yet: the last one of a store that is being appended to."""
+    return not spec.complete and shard == spec.num_commits - 1
+
+
 def made_by_tokenizing(spec: StoreSpec) -> bool:
     """Whether `vqmill tokenize` made the store, and so can make any part of it again."""
     return "description" in spec.corpus and spec.corpus.keys() <= TOKENIZED
+
+
+def job_of(spec: StoreSpec, again: str | None) -> str:
+    """The command that made a store, when it is known; else words for it."""
+    return again or f"the `vqmill{' tokenize' if made_by_tokenizing(spec) else ''}` command that made the store"
 
 
 def resumable_commits(spec: StoreSpec, problems: Iterable[Problem]) -> int | None:
@@ -207,15 +217,16 @@ def _read_commits(path: Path, spec: StoreSpec, names: list[str], problems: list[
 
 def _contradictions(spec: StoreSpec, shard: int, commit: Commit) -> Iterator[str]:
     first, rows = shard * spec.rows_per_shard, rows_of(spec, shard)
-    if (commit.shard, commit.first_row, commit.rows) != (shard, first, rows):
+    more = _may_grow(spec, shard) and rows < commit.rows <= spec.rows_per_shard  # the group is written after the record
+    if (commit.shard, commit.first_row, rows if more else commit.rows) != (shard, first, rows):
         yield (
             f"says Zarr shard {commit.shard} with {commit.rows:,} rows from row {commit.first_row:,}, "
             f"expected {shard} with {rows:,} from {first:,}"
         )
-    expected = layout.shard_files(spec, shard, rows)
+    expected = layout.shard_files(spec, shard, commit.rows)
     for name in sorted(set(expected) ^ set(commit.files)):
         yield f"{'leaves out' if name in expected else 'lists'} {name}"
-    if commit.counts.encoded and not rows and spec.num_rows == 0:
+    if commit.counts.encoded and not commit.rows and spec.num_rows == 0:
         yield f"{commit.counts.encoded:,} samples encoded into no rows"
 
 
@@ -268,7 +279,8 @@ def _foreign_files(spec: StoreSpec, names: list[str]) -> Iterator[Problem]:
         if name in known:
             continue
         if shard is not None and shard < spec.num_commits:
-            if name in (layout.commit_file(shard), *layout.shard_files(spec, shard, rows_of(spec, shard))):
+            rows = spec.rows_per_shard if _may_grow(spec, shard) else rows_of(spec, shard)
+            if name in (layout.commit_file(shard), *layout.shard_files(spec, shard, rows)):
                 continue
         elif not spec.complete and (shard is not None or name.endswith(PARTIAL_SUFFIX)):
             yield Problem("pending", name, "not committed yet")
@@ -286,13 +298,13 @@ def _advised(
 ) -> tuple[Problem, ...]:
     """The problems with the input shards they concern, and what to do about each."""
     repair = f"vqmill repair {shlex.quote(str(path))}"
-    job = again or f"the `vqmill{' tokenize' if made_by_tokenizing(spec) else ''}` command that made the store"
+    job = job_of(spec, again)
     whole = resumable_commits(spec, problems)
     advised: list[Problem] = []
     for problem in problems:
         shards = problem.shards
         match problem.kind:
-            case "unfinished" | "pending":
+            case "unfinished" | "pending" | "reopened":
                 advice = f"To finish it, run: {job}"
             case "leftover" | "metadata":
                 advice = f"To mend it, run: {repair}"

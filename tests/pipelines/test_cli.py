@@ -19,7 +19,18 @@ from pipelines.cli import app
 from pipelines.options import FitFlags
 from vqmill.verify import verify_store
 
-COMMANDS = ("train-tokenizer", "tokenize", "inspect", "verify", "decode", "train-prior", "sample", "demo", "doctor")
+COMMANDS = (
+    "train-tokenizer",
+    "tokenize",
+    "inspect",
+    "verify",
+    "repair",
+    "decode",
+    "train-prior",
+    "sample",
+    "demo",
+    "doctor",
+)
 TINY = """[tokenizer]
 size = 16
 codebook_size = 32
@@ -269,8 +280,8 @@ def test_verify_names_damage_with_exit_code_1(
     assert run("verify", damaged, "--json") == 1
     problems = last_json(capsys)["problems"]
     assert len(problems) == 1
-    assert "bottom/c/3/0/0" in problems[0]
-    assert "rows 60..79" in problems[0]
+    assert problems[0]["file"] == "bottom/c/3/0/0"
+    assert problems[0]["rows"] == [60, 79]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from vqmill import spec as spec_module
 from vqmill import verify as verify_module
 from vqmill.layout import encode_zarr_shard
 from vqmill.problems import Problem, runs, whole_commits
+from vqmill.repair import repair_store
 from vqmill.spec import Segment
 from vqmill.usage import CodeUsage, perplexity
 from vqmill.verify import shard_of, verify_store
@@ -132,6 +133,41 @@ def test_what_a_job_is_about_to_commit_is_no_damage(tmp_path, stores):
     assert [problem.kind for problem in found.problems] == ["pending"] * 4 + ["unfinished"]
     (path / "top/c/0/0/0.old").write_bytes(b"x")
     assert [problem.file for problem in verify_store(path).damage] == ["top/c/0/0/0.old"]
+
+
+@pytest.fixture
+def growing(tmp_path, stores):
+    """A store whose last Zarr shard (5 rows) is being opened again, and the files and the record that will take the place of its own."""
+    spec, codes = stores.two_levels, stores.codes(stores.two_levels, 24)
+    old = stores.write(tmp_path / "codes.zarr", spec, {name: rows[:21] for name, rows in codes.items()})
+    stores.edit_json(old / "zarr.json", lambda group: group["attributes"]["vqmill"].update(complete=False))
+    new = stores.write(tmp_path / "new.zarr", spec, codes)
+    names = ["top/c/2/0/0", "bottom/c/2/0/0", "label/c/2", "samples/part-000002.parquet", "commits/shard-000002.json"]
+    return old, {name: (new / name).read_bytes() for name in names}
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_a_last_zarr_shard_that_is_opened_again_is_no_damage(growing, stores, quick):
+    store, new = growing
+    for name, data in new.items():
+        (store / name).write_bytes(data)
+        found = verify_store(store, quick=quick)
+        assert found.damage == (), name
+        assert {problem.kind for problem in found.problems} <= {"reopened", "unfinished"}
+    assert [problem.kind for problem in verify_store(store).problems] == ["unfinished"]
+    assert repair_store(store).done == ()
+    assert stores.files(store).items() >= new.items()
+
+
+@pytest.mark.parametrize("name", ["bottom/c/2/0/0", "samples/part-000002.parquet"])
+def test_damage_in_a_last_zarr_shard_that_is_opened_again_is_found(growing, name):
+    store, new = growing
+    (store / "top/c/2/0/0").write_bytes(new["top/c/2/0/0"])
+    (store / name).write_bytes(new[name][:-20])
+    found = verify_store(store).problems
+    assert [(problem.kind, problem.file) for problem in found] == [
+        ("reopened", "top/c/2/0/0"), ("damaged", name), ("unfinished", "zarr.json"),
+    ]  # fmt: skip
 
 
 def test_advice_names_the_commands(store):
