@@ -117,6 +117,8 @@ def _problem(
 def _other_size(path: Path, facts: Any) -> str | None:
     try:
         status = path.stat()
+    except FileNotFoundError:
+        return "missing"
     except OSError as error:
         return f"cannot be read: {error.strerror}"
     if not stat.S_ISREG(status.st_mode):

@@ -27,13 +27,15 @@ class RepairPlan:
     Attributes:
         spec: what the store will say of itself.
         rewrite: metadata files to write anew, by their path in the store; the group's is written first.
-        remove: files to remove.
+        tail: files of the lost tail, to remove.
+        remove: other files to remove.
         remake: damaged files of commits that stay, to remove where they are there, and to be made again by the job.
         remaining: problems that no repair can mend.
     """
 
     spec: StoreSpec
     rewrite: tuple[str, ...]
+    tail: tuple[str, ...]
     remove: tuple[str, ...]
     remake: tuple[str, ...]
     remaining: tuple[Problem, ...]
@@ -74,6 +76,7 @@ def plan_repair(spec: StoreSpec, problems: Iterable[Problem], names: Iterable[st
     resumable = resumable_commits(spec, problems)
     kept = spec.num_commits if resumable is None else resumable
     remake: list[str] = []
+    tail: set[str] = set()
     remove: set[str] = set()
     rewrite: set[str] = set()
     remaining: list[Problem] = []
@@ -93,11 +96,18 @@ def plan_repair(spec: StoreSpec, problems: Iterable[Problem], names: Iterable[st
     if kept < spec.num_commits:
         after = spec.with_progress(num_rows=kept * spec.rows_per_shard, num_commits=kept, complete=False)
         rewrite |= {*layout.array_metadata(after), "zarr.json"}
-        remove |= {name for name in names if (shard := shard_of(spec, name)) is not None and shard >= kept}
+        tail = {name for name in names if (shard := shard_of(spec, name)) is not None and shard >= kept}
     elif remake and spec.complete:
         after = replace(spec, complete=False)
         rewrite.add("zarr.json")
-    return RepairPlan(after, tuple(sorted(rewrite)), tuple(sorted(remove)), tuple(sorted(remake)), tuple(remaining))
+    return RepairPlan(
+        spec=after,
+        rewrite=tuple(sorted(rewrite)),
+        tail=tuple(sorted(tail - remove)),
+        remove=tuple(sorted(remove)),
+        remake=tuple(sorted(remake)),
+        remaining=tuple(remaining),
+    )
 
 
 def repair_store(
@@ -138,7 +148,7 @@ def _carry_out(path: Path, plan: RepairPlan) -> None:
     metadata = {**layout.array_metadata(plan.spec), "zarr.json": layout.group_metadata(plan.spec)}
     for name in sorted(plan.rewrite, key=lambda name: name != "zarr.json"):
         write_whole(path / name, metadata[name])
-    removed = [path / name for name in (*plan.remove, *plan.remake)]
+    removed = [path / name for name in (*plan.tail, *plan.remove, *plan.remake)]
     for file in removed:
         file.unlink(missing_ok=True)
     for folder in sorted({file.parent for file in removed if file.parent.is_dir()}):
@@ -157,7 +167,8 @@ def _said(before: StoreSpec, plan: RepairPlan) -> Iterable[str]:
     after = plan.spec
     if after.num_commits < before.num_commits:
         lost = span("Zarr shard", (after.num_commits, before.num_commits - 1))
-        yield f"back to {after.num_commits:,} Zarr shards; {lost} with {before.num_rows - after.num_rows:,} rows given up"
+        rows = before.num_rows - after.num_rows
+        yield f"back to {after.num_commits:,} Zarr shards: {lost} ({rows:,} rows, {len(plan.tail):,} files) given up"
     if before.complete and not after.complete:
         yield "marked as unfinished"
     yield from (f"{name}: written anew" for name in plan.rewrite)

@@ -312,6 +312,8 @@ def _advised(
                 advice = "Copy the store with its links resolved (cp -rL)"
             case "counts":
                 advice = "Restore the store's metadata and commit records from a copy"
+            case "damaged" if whole is not None and not spec.complete and not (path / problem.file).exists():
+                advice = f"To make it again, run: {job}"
             case "damaged" if whole is not None:
                 advice = f"To make it again, run: {repair}, then: {job}"
             case "record" | "content" if whole is not None and shards and shards[0] >= whole:

@@ -108,13 +108,16 @@ def test_a_lost_tail_is_given_up_and_made_again(store, stores, whole, lost, how)
             stores.recommit(store, shard, f"samples/part-{shard:06d}.parquet")
     (store / "top/c/0/0/0").write_bytes(b"x")
     made = repair_store(store)
-    assert f"back to {lost} Zarr shard" in made.done[0]
+    given_up = f"back to {lost} Zarr shards: Zarr shard{'s 1..2 (13' if lost == 1 else ' 2 (5'} rows, "
+    assert made.done[0].startswith(given_up)
     assert (made.remaining, made.complete) == ((), False)
     spec = read_spec(store)
     assert (spec.num_rows, spec.num_commits, spec.complete) == (8 * lost, lost, False)
     left = {name for shard in range(lost) for name in [*shard_files(spec, shard, 8), commit_file(shard)]}
     assert stores.files(store).keys() == left - {"top/c/0/0/0"} | {name for name in whole if name.endswith("zarr.json")}
-    assert [problem.kind for problem in verify_store(store).problems] == ["damaged", "unfinished"]
+    missing, unfinished = verify_store(store).problems
+    assert (missing.kind, missing.wrong, unfinished.kind) == ("damaged", "missing", "unfinished")
+    assert missing.advice == "To make it again, run: the `vqmill tokenize` command that made the store"
     finish(stores, store)
     assert stores.files(store) == whole
 
@@ -293,6 +296,6 @@ def test_the_plan_is_pure(stores):
     spec = replace(stores.two_levels, num_rows=21, num_commits=3, complete=True)
     names = [commit_file(shard) for shard in range(3)]
     plan = plan_repair(spec, [Problem("record", names[2], "", shards=(2, 2))], names)
-    assert plan.remove == (names[2],)
+    assert (plan.tail, plan.remove) == ((names[2],), ())
     assert plan.spec == replace(spec, num_rows=16, num_commits=2, complete=False)
     assert plan.rewrite == ("bottom/zarr.json", "label/zarr.json", "top/zarr.json", "zarr.json")
