@@ -64,8 +64,8 @@ def plan_repair(spec: StoreSpec, problems: Iterable[Problem], names: Iterable[st
     - Files that belong to nothing are removed. Metadata that is not what the group's sealed part says is written anew.
     - A lost tail is given up: the store goes back to the Zarr shards before it, one at least.
     - Damaged files of the Zarr shards that stay are removed; their commit records stay, so that what is made in their place can be compared.
-    - Both only when `tokenize` can make again what is taken away; the store is then unfinished.
-    - Segments stay: `tokenize` goes on with the plan of the last one, which begins with those before it.
+    - Both only when the job that made the store can make again what is taken away; the store is then unfinished.
+    - Segments stay: the job goes on with the plan of the last one, which begins with those before it.
 
     Args:
         spec: what the store says of itself.

@@ -23,7 +23,6 @@ from vqmill.usage import CodeUsage
 from vqmill.writer import Commit, Counts, files_of
 
 THREADS = min(4, os.cpu_count() or 1)  # hashing and decoding release the GIL
-TOKENIZED = {"description", "num_samples", "class_names", "skipped"}  # what `corpus` says when images were encoded
 
 
 @dataclass(frozen=True)
@@ -112,27 +111,28 @@ def _may_grow(spec: StoreSpec, shard: int) -> bool:
     return not spec.complete and shard == spec.num_commits - 1
 
 
-def made_by_tokenizing(spec: StoreSpec) -> bool:
-    """Whether `vqmill tokenize` made the store, and so can make any part of it again."""
-    return "description" in spec.corpus and spec.corpus.keys() <= TOKENIZED
+def can_be_made_again(spec: StoreSpec) -> bool:
+    """Whether the command that made a store makes lost parts of it again: `tokenize`, `merge` and `slice` do, `sample` does not."""
+    return "copied" in spec.corpus or ("description" in spec.corpus and "sampled" not in spec.corpus)
 
 
 def job_of(spec: StoreSpec, again: str | None) -> str:
     """The command that made a store, when it is known; else words for it."""
-    return again or f"the `vqmill{' tokenize' if made_by_tokenizing(spec) else ''}` command that made the store"
+    tokenized = can_be_made_again(spec) and "copied" not in spec.corpus
+    return again or f"the `vqmill{' tokenize' if tokenized else ''}` command that made the store"
 
 
 def resumable_commits(spec: StoreSpec, problems: Iterable[Problem]) -> int | None:
-    """How many commits `tokenize` can go on from, or make again, after a repair; None when it cannot at all.
+    """How many commits the job that made a store can go on from after a repair, making lost files of them again; None when it cannot.
 
-    It cannot when it did not make the store, when no commit is whole, or when one in the middle is lost, for it reads every record.
+    It cannot when no commit is whole, or when one in the middle is lost, for it reads every record.
     """
     problems = tuple(problems)
     whole = whole_commits(spec.num_commits, problems)
     lost = any(problem.kind == "record" and problem.shards and problem.shards[0] < whole for problem in problems)
     other = any(problem.kind in ("link", "counts") for problem in problems)
     stuck = lost or other or (whole == 0 and spec.num_commits > 0)
-    return whole if made_by_tokenizing(spec) and not stuck else None
+    return whole if can_be_made_again(spec) and not stuck else None
 
 
 def _in_threads(tasks: Iterable[Callable[[], ShardFindings]]) -> Iterator[ShardFindings]:
@@ -233,11 +233,10 @@ def _contradictions(spec: StoreSpec, shard: int, commit: Commit) -> Iterator[str
 def _order_problems(spec: StoreSpec, commits: Mapping[int, Commit]) -> Iterator[Problem]:
     """Whether cursors go forward, segments follow each other, and the counts add up to the plan."""
     plan = spec.segments[-1] if spec.segments else None
-    tokenized = made_by_tokenizing(spec)
     before = (0, 0, 0)
     for shard, commit in commits.items():
         cursor = (commit.cursor.input_shard, commit.cursor.span, commit.cursor.row)
-        if tokenized and cursor < before:
+        if cursor < before:
             text = f"its cursor {cursor} lies before the {before} of a commit before it"
             yield Problem("record", layout.commit_file(shard), text, shards=(shard, shard))
         before = max(before, cursor)
@@ -322,13 +321,13 @@ def _advised(
                 )
             case _:
                 advice = f"Restore it from a copy, or make the store again at another place: {job}"
-        advised.append(replace(problem, advice=advice, input_shards=_input_shards(commits, problem)))
+        advised.append(replace(problem, advice=advice, input_shards=_input_shards(spec, commits, problem)))
     return tuple(advised)
 
 
-def _input_shards(commits: Mapping[int, Commit], problem: Problem) -> tuple[int, int] | None:
-    """First and last input shard that may lie in a Zarr shard: from the cursor before it to its own."""
-    if problem.shards is None or problem.shards[1] not in commits:
+def _input_shards(spec: StoreSpec, commits: Mapping[int, Commit], problem: Problem) -> tuple[int, int] | None:
+    """First and last input shard that may lie in a Zarr shard: from the cursor before it to its own. Cursors of copies count stores."""
+    if "copied" in spec.corpus or problem.shards is None or problem.shards[1] not in commits:
         return None
     first, last = problem.shards
     if first and first - 1 not in commits:

@@ -167,7 +167,18 @@ def test_with_no_whole_record_nothing_is_given_up(store, stores):
     assert stores.files(store) == before
 
 
-def test_a_store_that_tokenize_did_not_make_keeps_its_damaged_files(tmp_path, stores):
+def test_a_copy_can_be_made_again_like_any_other(tmp_path, stores):
+    spec = replace(stores.two_levels, corpus={**stores.two_levels.corpus, "sampled": {}, "copied": [{"rows": 21}]})
+    path = stores.write(tmp_path / "codes.zarr", spec, stores.codes(spec, 21))
+    (path / "top/c/0/0/0").unlink()
+    (problem,) = verify_store(path).problems
+    assert problem.input_shards is None, "its cursors count stores"
+    assert problem.sources == ("shard-é.tar",)
+    assert problem.advice.endswith("then: the `vqmill` command that made the store")
+    assert not repair_store(path).complete
+
+
+def test_a_store_that_a_prior_drew_keeps_its_damaged_files(tmp_path, stores):
     spec = replace(stores.two_levels, corpus={"sampled": {"prior": "p"}})
     path = stores.write(tmp_path / "codes.zarr", spec, stores.codes(spec, 21))
     (path / commit_file(2)).unlink()
