@@ -158,7 +158,7 @@ def _broken_codes(
         try:
             array.read_chunk(commit.shard * chunks.chunks_per_shard + inner, out)
         except CodesError as error:
-            reasons[inner] = str(error).split(f"chunk {inner}: ", 1)[-1]
+            reasons[inner] = _reason(error)
             continue
         codes = out[: commit.rows - first]
         largest = codes.reshape(len(codes), -1).max(1)
@@ -178,6 +178,11 @@ def _broken_codes(
 
 def _compressor(codec: str | None) -> str:
     return "zstd" if codec == "zstd" else "blosc"
+
+
+def _reason(error: CodesError) -> str:
+    """What a reader says of a chunk, without the place, which is said already."""
+    return str(error).split(": ", 1)[-1]
 
 
 def _undecodable(reasons: dict[int, str], chunk_rows: int, commit: Commit) -> list[tuple[str, tuple[int, int]]]:
@@ -210,7 +215,7 @@ def _labels(
             commit.shard, out
         )
     except CodesError as error:
-        return None, _undecodable({0: str(error).split("chunk 0: ", 1)[-1]}, spec.rows_per_shard, commit)
+        return None, _undecodable({0: _reason(error)}, spec.rows_per_shard, commit)
     return out[: commit.rows], []
 
 
