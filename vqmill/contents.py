@@ -76,6 +76,7 @@ def check_shard(store: Path, spec: StoreSpec, commit: Commit) -> ShardFindings:
         elif array is not None:
             labels, broken = _labels(store, spec, commit)
         if wrong:
+            labels = None if array == layout.LABEL else labels
             good = not broken and (array is not None or _is_table(store / name))
             places = "; ".join(text for text, _ in broken) or ("all its chunks can be decoded" if array else "")
             kind = "reopened" if good and _may_be_reopened(spec, commit) else "damaged"

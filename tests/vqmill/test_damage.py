@@ -59,6 +59,14 @@ def test_a_broken_chunk_is_named_with_its_rows(chunked):
     )
 
 
+@pytest.mark.parametrize("array", ["top/c/{}/0/0", "label/c/{}"])
+def test_the_file_of_another_zarr_shard_is_one_problem(chunked, array):
+    shutil.copy(chunked / array.format(0), chunked / array.format(1))
+    (problem,) = verify_store(chunked).problems
+    assert (problem.kind, problem.rows) == ("damaged", (8, 15))
+    assert "all its chunks can be decoded" in str(problem)
+
+
 def test_broken_chunks_with_a_matching_record_are_content(chunked, stores):
     for chunk in (0, 1, 4):
         flip_in_chunk(chunked / "bottom/c/2/0/0", chunk, 8)
