@@ -9,11 +9,11 @@ from __future__ import annotations
 import math
 import struct
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import google_crc32c
 import numpy as np
-from numcodecs import blosc, zstd
+from numcodecs import blosc, zstd  # pyright: ignore
 
 from vqmill.errors import CodesError
 
@@ -57,6 +57,11 @@ class ChunkLayout:
         return self.chunks_per_shard * INDEX_ENTRY_BYTES + CRC_BYTES
 
 
+def crc32c(data: np.ndarray[Any, Any] | bytes) -> int:
+    """The CRC-32C of bytes (RFC 3720, appendix B.4)."""
+    return cast("int", google_crc32c.value(data))  # pyright: ignore[reportUnknownMemberType]
+
+
 def decode_chunk(encoded: np.ndarray[Any, Any], layout: ChunkLayout, out: np.ndarray[Any, Any]) -> None:
     """Checks and decodes one chunk; the GIL is released while it is decoded.
 
@@ -69,18 +74,16 @@ def decode_chunk(encoded: np.ndarray[Any, Any], layout: ChunkLayout, out: np.nda
         CodesError: it is damaged, or would decode to another size.
     """
     data = encoded[:-CRC_BYTES]
-    if len(encoded) < CRC_BYTES or google_crc32c.value(data) != int.from_bytes(
-        encoded[-CRC_BYTES:].tobytes(), "little"
-    ):
+    if len(encoded) < CRC_BYTES or crc32c(data) != int.from_bytes(encoded[-CRC_BYTES:].tobytes(), "little"):
         raise CodesError("damaged: its CRC-32C differs")
     size = _blosc_size(data) if layout.compressor == "blosc" else _zstd_size(data)
     if size != layout.raw_bytes:
         raise CodesError(f"damaged: it says that it decodes to {size} bytes, expected {layout.raw_bytes}")
     try:
         if layout.compressor == "blosc":
-            blosc.decompress(data, out)
+            blosc.decompress(data, out)  # pyright: ignore[reportUnknownMemberType]
         else:
-            zstd.decompress(data, out)
+            zstd.decompress(data, out)  # pyright: ignore[reportUnknownMemberType]
     except (RuntimeError, ValueError) as error:
         raise CodesError(f"damaged: it cannot be decoded ({error})") from error
 
@@ -89,7 +92,7 @@ def _blosc_size(data: np.ndarray[Any, Any]) -> int | None:
     """The decoded size from a Blosc 1 header; None when it is not one, or is of other data than these."""
     if len(data) < 16:
         return None
-    decoded, _, encoded = struct.unpack_from("<III", data, 4)
+    decoded, _, encoded = struct.unpack_from("<III", data.data, 4)
     return decoded if encoded == len(data) else None
 
 

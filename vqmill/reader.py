@@ -15,10 +15,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
-import google_crc32c
 import numpy as np
 
-from vqmill.chunks import MISSING, ChunkLayout, decode_chunk
+from vqmill.chunks import MISSING, ChunkLayout, crc32c, decode_chunk
 from vqmill.errors import CodesError
 
 OPEN_SHARDS = 128  # of each array: a file descriptor and an index of some kilobytes
@@ -79,7 +78,7 @@ class _OpenShard:
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         size, index_bytes = os.fstat(self.descriptor).st_size, layout.index_bytes
         data = os.pread(self.descriptor, index_bytes, max(0, size - index_bytes))
-        if len(data) != index_bytes or google_crc32c.value(data[:-4]) != int.from_bytes(data[-4:], "little"):
+        if len(data) != index_bytes or crc32c(data[:-4]) != int.from_bytes(data[-4:], "little"):
             raise CodesError(f"{name}: its index is damaged, or the file is cut short ({size:,} bytes)")
         index = np.frombuffer(data, "<u8", 2 * layout.chunks_per_shard).reshape(-1, 2)
         starts, sizes = index[index[:, 0] != MISSING].T
@@ -123,7 +122,7 @@ class ShardedArray:
             if start == MISSING:
                 raise CodesError("it is missing")
             encoded = self._buffer()[:size]
-            if os.preadv(shard.descriptor, [encoded], start) != size:
+            if os.preadv(shard.descriptor, [encoded.data], start) != size:
                 raise CodesError("the file is cut short")
             decode_chunk(encoded, self._layout, out)
         except (CodesError, OSError) as error:
@@ -151,16 +150,17 @@ class RowReader:
     """Rows of an array, from chunks. Chunks of which only a part was wanted are kept, the latest ones, up to a number of bytes."""
 
     def __init__(
-        self, source: ChunkSource, check: Callable[[np.ndarray[Any, Any], int], None], cache_bytes: int = CACHE_BYTES
+        self, source: ChunkSource, check: Callable[[np.ndarray[Any, Any], int], None], name: str, cache_bytes: int
     ) -> None:
         """Reads nothing yet.
 
         Args:
             source: gives chunks.
             check: called with the wanted rows of a chunk and the first one's number; raises CodesError when a value cannot be.
+            name: of the array, for errors.
             cache_bytes: decoded chunks kept; one at least.
         """
-        self._source, self._check = source, check
+        self._source, self._check, self._name = source, check, name
         chunk_bytes = math.prod(source.chunk_shape) * source.dtype.itemsize
         self._cache: LatestUsed[np.ndarray[Any, Any]] = LatestUsed(max(1, cache_bytes // chunk_bytes))
 
@@ -186,10 +186,17 @@ class RowReader:
         for start, stop in pairwise([0, *cuts.tolist(), len(rows)]):
             chunk = int(chunks[start])
             place = out[start:stop]
-            if stop - start == self.chunk_rows:
-                self._source.read_chunk(chunk, place)
-            else:
-                np.take(self._whole(chunk), rows[start:stop] - chunk * self.chunk_rows, axis=0, out=place, mode="clip")
+            try:
+                if stop - start == self.chunk_rows:
+                    self._source.read_chunk(chunk, place)
+                else:
+                    whole, inside = self._whole(chunk), rows[start:stop] - chunk * self.chunk_rows
+                    np.take(whole, inside, axis=0, out=place, mode="clip")
+            except CodesError as error:
+                first = chunk * self.chunk_rows
+                raise CodesError(
+                    f"{self._name} cannot be read in rows {first}..{first + self.chunk_rows - 1}: {error}. Restore it from a copy."
+                ) from error
             self._check(place, int(rows[start]))
 
     def _whole(self, chunk: int) -> np.ndarray[Any, Any]:
