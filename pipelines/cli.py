@@ -16,7 +16,7 @@ from cyclopts import App, Parameter
 import vqmill
 from pipelines.errors import RunFailed
 from pipelines.memory import keep_freed_memory
-from pipelines.options import Common, Device, FitFlags, Precision
+from pipelines.options import Codec, Common, Device, FitFlags, Precision
 from pipelines.results import FAILED, USAGE, Result, plain_console, printable
 from vqmill.errors import CodesError, UsageError
 
@@ -65,12 +65,13 @@ def train_tokenizer(
 @app.command
 def tokenize(
     corpus: str, /, *, tokenizer: Path, out: Path, size: int | None = None, workers: int | None = None, batch_size: int = 32,
-    shard_rows: int | None = None, precision: Precision = "fp32", device: Device = "auto",
+    shard_rows: int | None = None, codec: Codec = "auto", precision: Precision = "fp32", device: Device = "auto",
     dry_run: Annotated[bool, Parameter(negative="")] = False, common: Common = Common(),
 ) -> int:  # fmt: skip
     """Send a corpus through a tokenizer into a code store.
 
-    Any number of workers gives the same bytes. Stopped jobs, killed ones too, go on when the same command is given.
+    Any number of workers gives the same bytes. Stopped jobs, killed ones too, go on when the same command is given. A corpus that has
+    grown is appended: give the command again, with the new tars or files sorted behind the old ones.
 
     Args:
         corpus: a folder of images, quoted tar shards, or torchvision:NAME?root=DIR.
@@ -79,7 +80,8 @@ def tokenize(
         size: side in pixels that images are resized and cropped to; the tokenizer's training size if not given.
         workers: encoder processes; one for each core, or GPU, if not given.
         batch_size: images encoded at once.
-        shard_rows: rows of a Zarr shard, the unit of commit; 4,096 at most if not given.
+        shard_rows: rows of a Zarr shard, the unit of commit; 4,096 at most if not given. Raised a little when it divides badly.
+        codec: how chunks are compressed; auto takes the smallest on the first Zarr shard.
         precision: bf16 is faster on GPUs and changes some codes; recorded in the store.
         device: auto takes GPUs if there are any.
         dry_run: say what would be done and how large it would be, and stop.
@@ -87,8 +89,8 @@ def tokenize(
     from pipelines.tokenize_command import tokenize as job
 
     return _run(common, lambda: job(
-        corpus, tokenizer, out, size=size, workers=workers, batch_size=batch_size, shard_rows=shard_rows, precision=precision,
-        device=device, dry_run=dry_run,
+        corpus, tokenizer, out, size=size, workers=workers, batch_size=batch_size, shard_rows=shard_rows, codec=codec,
+        precision=precision, device=device, dry_run=dry_run,
     ))  # fmt: skip
 
 

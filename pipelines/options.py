@@ -12,6 +12,7 @@ from vqmill.errors import UsageError
 
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["fp32", "bf16"]
+Codec = Literal["auto", "blosc-zstd", "blosc-lz4", "zstd"]
 
 
 @Parameter(name="*")
