@@ -19,6 +19,7 @@ from vqmill.errors import CodesError
 from vqmill.files import PARTIAL_SUFFIX
 from vqmill.problems import NO_DAMAGE, Problem, whole_commits
 from vqmill.spec import StoreSpec
+from vqmill.stored import MAX_ARRAY_METADATA_BYTES
 from vqmill.usage import CodeUsage
 from vqmill.writer import Commit, Counts, files_of
 
@@ -154,9 +155,10 @@ def _metadata_problems(path: Path, spec: StoreSpec) -> Iterator[Problem]:
     """Whether each zarr.json says what the group's sealed part says, compared by meaning."""
     for name, expected in {**layout.array_metadata(spec), "zarr.json": layout.group_metadata(spec)}.items():
         array = name.split("/")[0] if "/" in name else None
+        most = MAX_ARRAY_METADATA_BYTES if array else layout.MAX_METADATA_BYTES
         try:
-            if (path / name).stat().st_size > layout.MAX_METADATA_BYTES:
-                raise ValueError(f"larger than {layout.MAX_METADATA_BYTES:,} bytes")
+            if (path / name).stat().st_size > most:
+                raise ValueError(f"larger than {most:,} bytes")
             found: Any = json.loads((path / name).read_bytes())
             wanted: Any = json.loads(expected)
             if array is None:

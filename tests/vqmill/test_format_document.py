@@ -31,6 +31,7 @@ from vqmill.spec import (
     SHARD_BYTES,
     Segment,
 )
+from vqmill.stored import MAX_ARRAY_METADATA_BYTES
 from vqmill.tables import QUARANTINE_SCHEMA, SAMPLES_SCHEMA
 
 GOLDEN = sorted((Path(__file__).parent / "golden" / f"v{FORMAT_VERSION}").glob("*.zarr"))
@@ -217,6 +218,7 @@ def test_the_numbers_of_the_document_are_the_code_s():
     assert f"{MAX_ROWS_PER_SHARD:,} rows" in DOCUMENT
     for row, number in (
         ("commit record", MAX_METADATA_BYTES),
+        ("json` of an array", MAX_ARRAY_METADATA_BYTES),
         ("row of one level", MAX_ROW_BYTES),
         ("Zarr shard of one array", MAX_SHARD_BYTES),
         ("rows of a store", MAX_ROWS),
