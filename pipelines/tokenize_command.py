@@ -97,7 +97,9 @@ def recorded_tokenizer(store: Path) -> Path:
     try:
         place = store.parent / json.loads(path.read_bytes())["tokenizer"]
     except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path}: damaged ({error!r}). Name the tokenizer with --tokenizer DIR.") from error
+        raise UsageError(
+            f"{path}: does not say where the tokenizer is ({error!r}). Name its folder with --tokenizer DIR."
+        ) from error
     if not place.exists():
         raise UsageError(
             f"{place}: the tokenizer that {path} names is not there. Name its folder with --tokenizer DIR."

@@ -27,6 +27,8 @@ COMMANDS = (
     "inspect",
     "verify",
     "repair",
+    "merge",
+    "slice",
     "decode",
     "train-prior",
     "sample",
