@@ -109,17 +109,40 @@ def inspect(path: str, /, *, common: Common = Common()) -> int:
 
 
 @app.command
-def verify(store: Path, /, *, common: Common = Common()) -> int:
+def verify(
+    store: Path, /, *, quick: Annotated[bool, Parameter(negative="")] = False, common: Common = Common()
+) -> int:  # fmt: skip
     """Read every byte of a code store: checksums, code ranges, rows, commits.
 
-    Exit code 1 when anything is wrong; each problem is named with its place.
+    Each problem is named with its place (level, Zarr shard, rows, input shards) and what to do. Exit code 1 when anything is wrong, or
+    the store is unfinished.
 
     Args:
         store: the code store.
+        quick: read metadata and commit records only, and see that every file is there with its size.
     """
-    from pipelines.inspect import verify as job
+    from pipelines.check import verify as job
 
-    return _run(common, lambda: job(store))
+    return _run(common, lambda: job(store, quick=quick))
+
+
+@app.command
+def repair(
+    store: Path, /, *, dry_run: Annotated[bool, Parameter(negative="")] = False, common: Common = Common()
+) -> int:  # fmt: skip
+    """Mend what can be mended in a code store, and say which command does the rest.
+
+    Verifies the store first. Leftovers are removed, metadata is written anew, a lost tail is given up, and damaged files are removed, so
+    that the tokenize command that made the store makes them again. Exit code 0 when the store is whole afterwards, 1 when more is to be
+    done.
+
+    Args:
+        store: the code store.
+        dry_run: say what would be done, and do nothing.
+    """
+    from pipelines.check import repair as job
+
+    return _run(common, lambda: job(store, dry_run=dry_run))
 
 
 @app.command

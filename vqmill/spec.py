@@ -168,7 +168,7 @@ class StoreSpec:
                 raise CodesError(
                     f"level {level.name!r}: expected a grid of one to three positive sizes, got {list(level.grid)}."
                 )
-            if level.row_bytes > MAX_ROW_BYTES or level.row_bytes * self.rows_per_shard > MAX_SHARD_BYTES:
+            if level.row_bytes > MAX_ROW_BYTES or max(level.row_bytes, 8) * self.rows_per_shard > MAX_SHARD_BYTES:
                 raise CodesError(
                     f"level {level.name!r}: rows of {level.row_bytes:,} bytes, {self.rows_per_shard:,} in a Zarr shard; at most "
                     f"{MAX_ROW_BYTES:,} bytes a row and {MAX_SHARD_BYTES:,} a Zarr shard are read or written."

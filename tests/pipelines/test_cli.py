@@ -26,6 +26,7 @@ COMMANDS = (
     "tokenize",
     "inspect",
     "verify",
+    "repair",
     "merge",
     "slice",
     "decode",
@@ -328,8 +329,8 @@ def test_verify_names_damage_with_exit_code_1(
     assert run("verify", damaged, "--json") == 1
     problems = last_json(capsys)["problems"]
     assert len(problems) == 1
-    assert "bottom/c/3/0/0" in problems[0]
-    assert "rows 60..79" in problems[0]
+    assert problems[0]["file"] == "bottom/c/3/0/0"
+    assert problems[0]["rows"] == [60, 79]
 
 
 @pytest.mark.parametrize(
