@@ -19,6 +19,7 @@ from pipelines.planning import planned
 from pipelines.progress import meter
 from pipelines.results import OK, QUARANTINED, Result
 from vqmill.layout import commit_file, read_spec
+from vqmill.places import Folder
 from vqmill.spec import MISSING_LABEL, StoreSpec
 from vqmill.store import Codes
 from vqmill.usage import CodeUsage
@@ -42,7 +43,7 @@ def inspect(path: str) -> Result:
 
 
 def _inspect_store(path: Path) -> Result:
-    codes = Codes(path, read_spec(path))
+    codes = Codes(Folder(path), read_spec(path))
     spec = codes.spec
     usage = {level.name: CodeUsage(level.codebook_size) for level in spec.levels}
     total = len(codes) * len(spec.levels)

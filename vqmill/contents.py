@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from vqmill import layout
 from vqmill.chunks import ChunkLayout
 from vqmill.errors import CodesError
+from vqmill.places import Folder
 from vqmill.problems import Kind, Problem, runs, some, span
 from vqmill.reader import ShardedArray
 from vqmill.spec import CODECS, LevelSpec, StoreSpec
@@ -150,7 +151,7 @@ def _broken_codes(
     chunks = ChunkLayout(
         (chunk_rows, *level.grid), level.dtype, spec.rows_per_shard // chunk_rows, _compressor(spec.codec)
     )
-    array = ShardedArray(store, lambda shard: layout.shard_file(level.name, shard, len(level.grid)), chunks)
+    array = ShardedArray(Folder(store), lambda shard: layout.shard_file(level.name, shard, len(level.grid)), chunks)
     out = np.empty(chunks.chunk_shape, chunks.dtype)
     reasons: dict[int, str] = {}
     beyond: list[tuple[int, int]] = []  # row, code
@@ -212,7 +213,7 @@ def _labels(
     chunks = ChunkLayout((spec.rows_per_shard,), np.dtype(np.int64), 1, _compressor(CODECS[0]))
     out = np.empty(chunks.chunk_shape, chunks.dtype)
     try:
-        ShardedArray(store, lambda shard: layout.shard_file(layout.LABEL, shard, 0), chunks).read_chunk(
+        ShardedArray(Folder(store), lambda shard: layout.shard_file(layout.LABEL, shard, 0), chunks).read_chunk(
             commit.shard, out
         )
     except CodesError as error:

@@ -17,6 +17,7 @@ from zarr.storage import MemoryStore
 
 from vqmill.errors import CodesError, UsageError
 from vqmill.files import JsonValue, canonical_json, sealed
+from vqmill.places import Folder, Place, read_file
 from vqmill.spec import CODECS, LABEL_FILL, MISSING_LABEL, LevelSpec, StoreSpec
 
 if TYPE_CHECKING:
@@ -213,19 +214,36 @@ def read_spec(store: Path) -> StoreSpec:
         raise UsageError(
             f"{store}: not a code store (it has no zarr.json). Expected a folder that `vqmill tokenize` wrote."
         )
-    if path.stat().st_size > MAX_METADATA_BYTES:
-        raise CodesError(f"{path}: {path.stat().st_size:,} bytes of metadata, expected at most {MAX_METADATA_BYTES:,}.")
+    return read_spec_at(Folder(store))
+
+
+def read_spec_at(place: Place) -> StoreSpec:
+    """The same, wherever the store lies.
+
+    Raises:
+        CodesError: as `read_spec`.
+    """
     try:
-        metadata: JsonValue = json.loads(path.read_bytes())
+        metadata: JsonValue = json.loads(read_file(place, "zarr.json", MAX_METADATA_BYTES))
+    except FileNotFoundError as error:
+        raise UsageError(f"{place.name}: no code store there (it has no zarr.json).") from error
+    except OSError as error:
+        raise CodesError(f"{place.name}: zarr.json cannot be read ({error}).") from error
+    except CodesError as error:
+        raise CodesError(f"{place.name}/zarr.json: {error}.") from error
     except (ValueError, RecursionError) as error:
-        raise CodesError(f"{path}: not JSON ({error}). Restore it from a copy.") from error
+        raise CodesError(f"{place.name}/zarr.json: not JSON ({error}). Restore it from a copy.") from error
     attributes: JsonValue = metadata.get("attributes") if isinstance(metadata, dict) else None
     ours: JsonValue = attributes.get("vqmill") if isinstance(attributes, dict) else None
     if not isinstance(ours, dict):
-        raise CodesError(f"{store}: a Zarr group, but not a vqmill code store (no attributes.vqmill in zarr.json).")
-    spec = StoreSpec.from_attributes(ours, str(store))
+        raise CodesError(
+            f"{place.name}: a Zarr group, but not a vqmill code store (no attributes.vqmill in zarr.json)."
+        )
+    spec = StoreSpec.from_attributes(ours, place.name)
     if sealed(ours) != ours:
-        raise CodesError(f"{path}: damaged: attributes.vqmill is not what its sha256 says. Restore it from a copy.")
+        raise CodesError(
+            f"{place.name}/zarr.json: damaged: attributes.vqmill is not what its sha256 says. Restore it from a copy."
+        )
     return spec
 
 

@@ -72,7 +72,7 @@ class MixedBatches:
         ]
         for (codes, _), source in zip(stores, self._sources, strict=True):
             if source.num_rows == 0:
-                raise CodesError(f"{codes.path}: no rows to mix in. Leave this store out, or choose other rows.")
+                raise CodesError(f"{codes.place.name}: no rows to mix in. Leave this store out, or choose other rows.")
         self._split = Split(batch_size, rank, world_size)
         self._threads = num_threads(threads)
         self._shapes = [
@@ -168,5 +168,5 @@ def _check_alike(first: Codes, other: Codes) -> None:
     if differences:
         listing = "\n".join(f"  {line}" for line in differences)
         raise CodesError(
-            f"{first.path} and {other.path} cannot be mixed, their codes mean different things:\n{listing}"
+            f"{first.place.name} and {other.place.name} cannot be mixed, their codes mean different things:\n{listing}"
         )

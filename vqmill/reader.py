@@ -7,18 +7,17 @@ Reading and decoding release the GIL, so that threads read side by side.
 from __future__ import annotations
 
 import math
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
 from vqmill.chunks import MISSING, ChunkLayout, crc32c, decode_chunk
 from vqmill.errors import CodesError
+from vqmill.places import OpenFile, Place
 
 OPEN_SHARDS = 128  # of each array: a file descriptor and an index of some kilobytes
 CACHE_BYTES = 32 * 1024 * 1024  # decoded chunks of each array, for those who read row by row
@@ -67,19 +66,16 @@ class LatestUsed(Generic[Kept]):
 
 
 class _OpenShard:
-    """An open file and its index; closed when the last one who reads from it lets go. A file that a writer replaces meanwhile stays readable."""
+    """An open file and its index."""
 
-    def __init__(self, root: str, name: str, layout: ChunkLayout) -> None:
-        path = os.path.join(root, name)
-        if os.path.realpath(path) != path:
-            raise CodesError(
-                f"{name}: is, or lies behind, a symbolic link; only plain files of the store are read. Copy it with its links resolved (cp -rL)"
-            )
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        size, index_bytes = os.fstat(self.descriptor).st_size, layout.index_bytes
-        data = os.pread(self.descriptor, index_bytes, max(0, size - index_bytes))
-        if len(data) != index_bytes or crc32c(data[:-4]) != int.from_bytes(data[-4:], "little"):
-            raise CodesError(f"{name}: its index is damaged, or the file is cut short ({size:,} bytes)")
+    def __init__(self, file: OpenFile, layout: ChunkLayout) -> None:
+        self.file = file
+        size, index_bytes = file.size, layout.index_bytes
+        buffer = np.empty(index_bytes, np.uint8)
+        there = size >= index_bytes and file.read_into(size - index_bytes, buffer) == index_bytes
+        data = buffer.tobytes()
+        if not there or crc32c(data[:-4]) != int.from_bytes(data[-4:], "little"):
+            raise CodesError(f"its index is damaged, or the file is cut short ({size:,} bytes)")
         index = np.frombuffer(data, "<u8", 2 * layout.chunks_per_shard).reshape(-1, 2)
         starts, sizes = index[index[:, 0] != MISSING].T
         if (
@@ -87,29 +83,23 @@ class _OpenShard:
             or (starts > size).any()
             or (starts + sizes > size - index_bytes).any()
         ):
-            raise CodesError(
-                f"{name}: its index names places outside the file, or chunks larger than their rows can be"
-            )
+            raise CodesError("its index names places outside the file, or chunks larger than their rows can be")
         self.index: list[list[int]] = index.tolist()
-
-    def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
 
 
 class ShardedArray:
-    """Chunks of an array stored as docs/format.md says, on a local disk."""
+    """Chunks of an array stored as docs/format.md says."""
 
-    def __init__(self, root: Path, shard_file: Callable[[int], str], layout: ChunkLayout) -> None:
+    def __init__(self, place: Place, shard_file: Callable[[int], str], layout: ChunkLayout) -> None:
         """Opens nothing yet.
 
         Args:
-            root: the store's folder.
+            place: where the store is.
             shard_file: path of a Zarr shard in the store, by number.
             layout: shape, dtype and codec of chunks.
         """
         self.chunk_shape, self.dtype = layout.chunk_shape, layout.dtype
-        self._root, self._shard_file, self._layout = os.path.realpath(root), shard_file, layout
+        self._place, self._shard_file, self._layout = place, shard_file, layout
         self._shards: LatestUsed[_OpenShard] = LatestUsed(OPEN_SHARDS)
         self._thread = threading.local()
 
@@ -122,7 +112,7 @@ class ShardedArray:
             if start == MISSING:
                 raise CodesError("it is missing")
             encoded = self._buffer()[:size]
-            if os.preadv(shard.descriptor, [encoded.data], start) != size:
+            if shard.file.read_into(start, encoded) != size:
                 raise CodesError("the file is cut short")
             decode_chunk(encoded, self._layout, out)
         except (CodesError, OSError) as error:
@@ -139,9 +129,11 @@ class ShardedArray:
         if shard is None:
             name = self._shard_file(number)
             try:
-                shard = _OpenShard(self._root, name, self._layout)
+                shard = _OpenShard(self._place.open(name), self._layout)
             except OSError as error:
-                raise CodesError(f"{name}: {error.strerror}") from error
+                raise CodesError(f"{name}: {error.strerror or error}") from error
+            except CodesError as error:
+                raise CodesError(f"{name}: {error}") from error
             self._shards.put(number, shard)
         return shard
 

@@ -13,6 +13,7 @@ from vqmill import layout
 from vqmill.errors import CodesError
 from vqmill.level import LevelArray
 from vqmill.loader import CodeBatches, LastBatch
+from vqmill.places import Folder, Place, place_of, read_file
 from vqmill.reader import RowReader
 from vqmill.spec import LevelSpec, StoreSpec
 from vqmill.stored import stored_array
@@ -22,41 +23,40 @@ if TYPE_CHECKING:
     import pyarrow.compute as pc
 
 ROW_COLUMN = "__row"
-LOADER_CACHE_BYTES = (
-    4 * 1024 * 1024
-)  # of each array: chunks that two pools share, and labels, of which a chunk serves many pools
+MAX_TABLE_BYTES = 2 * 1024 * 1024 * 1024  # of one Parquet part
+LOADER_CACHE_BYTES = 4 * 1024 * 1024  # of each array: chunks that two pools share, and labels, whose chunks serve many
 
 
 def open_codes(path: str | os.PathLike[str], *, allow_incomplete: bool = False) -> Codes:
     """Opens a code store for reading.
 
     Args:
-        path: the store's folder.
+        path: the store's folder, or its address in an object store: `s3://bucket/codes.zarr` (also gs, az, https; needs the extra `s3`;
+            credentials, region and endpoint are those of the environment, AWS_ACCESS_KEY_ID and so on).
         allow_incomplete: also open a store whose job has not finished; its committed rows are whole and right, but not all. Without it,
             a store that is being appended to opens with the rows that it had.
 
     Raises:
         CodesError: no store there, a newer format, damaged metadata, or an unfinished job.
     """
-    if "://" in os.fspath(path):
-        raise CodesError(f"{path}: only local stores are read so far. Copy the store to a disk and open that.")
-    spec = layout.read_spec(Path(path))
+    place = place_of(path)
+    spec = layout.read_spec(place.path) if isinstance(place, Folder) else layout.read_spec_at(place)
     if not spec.complete and not allow_incomplete:
         finished = spec.segments[-1].first_row if spec.segments else 0
         if not finished:
             raise CodesError(
-                f"{path}: unfinished: {spec.num_rows:,} rows are committed, more are to come. "
+                f"{place.name}: unfinished: {spec.num_rows:,} rows are committed, more are to come. "
                 "Run the same `vqmill tokenize` command to finish it, or, in Python, open it with allow_incomplete=True."
             )
         spec = spec.with_progress(num_rows=finished, num_commits=-(-finished // spec.rows_per_shard), complete=True)
-    return Codes(Path(path), spec)
+    return Codes(place, spec)
 
 
 class Codes:
     """An open code store: row i of every level, of `labels` and of `samples()` is the same sample."""
 
-    def __init__(self, path: Path, spec: StoreSpec) -> None:
-        self.path = path
+    def __init__(self, place: Place, spec: StoreSpec) -> None:
+        self.place = place
         self.spec = spec
         self._arrays = {level.name: self._open(level.name, level) for level in spec.levels}
         self._labels = self._open(layout.LABEL, None)
@@ -68,7 +68,18 @@ class Codes:
         levels = ", ".join(
             f"{level.name} {'x'.join(map(str, level.grid))} of {level.codebook_size}" for level in self.spec.levels
         )
-        return f"Codes({str(self.path)!r}: {len(self):,} rows; {levels})"
+        return f"Codes({self.place.name!r}: {len(self):,} rows; {levels})"
+
+    @property
+    def path(self) -> Path:
+        """The store's folder.
+
+        Raises:
+            CodesError: it lies in an object store.
+        """
+        if isinstance(self.place, Folder):
+            return self.place.path
+        raise CodesError(f"{self.place.name}: this is done with a store on a disk only. Copy it there first.")
 
     @property
     def levels(self) -> tuple[str, ...]:
@@ -128,21 +139,17 @@ class Codes:
         Raises:
             CodesError: a part of the samples table is missing or damaged.
         """
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         keys: list[str] = []
         for first in range(0, len(self), self.spec.rows_per_shard):
-            path = self.path / layout.samples_file(first // self.spec.rows_per_shard)
+            file = layout.samples_file(first // self.spec.rows_per_shard)
+            part = self._parquet(file, ["key"])
             expected = min(self.spec.rows_per_shard, len(self) - first)
-            try:
-                table = pq.read_table(path, columns=["key"], partitioning=None)  # pyright: ignore[reportUnknownMemberType]
-                part = cast("list[str]", table["key"].to_pylist())[:expected]
-            except (OSError, pa.ArrowException, KeyError) as error:
-                raise CodesError(f"{path}: cannot be read ({error}). See: vqmill verify {self.path}") from error
-            if len(part) < expected:
-                raise CodesError(f"{path}: {len(part):,} rows, expected {expected:,}. See: vqmill verify {self.path}")
-            keys += part
+            if part.num_rows < expected or part.column_names != ["key"]:
+                raise CodesError(
+                    f"{self.place.name}/{file}: {part.num_rows:,} rows of {', '.join(part.column_names)}, expected {expected:,} of key. "
+                    f"See: vqmill verify {self.place.name}"
+                )
+            keys += cast("list[str]", part["key"].slice(0, expected).to_pylist())
         return keys
 
     def select(
@@ -170,7 +177,7 @@ class Codes:
                 found.append(np.asarray(numbered.filter(where)[ROW_COLUMN]))
             except (pa.ArrowException, TypeError) as error:
                 raise CodesError(
-                    f"{self.path}: the samples table cannot be filtered by {where} ({error}); its columns are {', '.join(part.column_names)}."
+                    f"{self.place.name}: the samples table cannot be filtered by {where} ({error}); its columns are {', '.join(part.column_names)}."
                 ) from error
         return np.intersect1d(chosen, np.concatenate(found), assume_unique=True)
 
@@ -235,19 +242,25 @@ class Codes:
         Raises:
             CodesError: the part cannot be read, or has other columns or fewer rows.
         """
+        table = self._parquet(name, None)
+        if table.schema != schema or (rows is not None and table.num_rows < rows):
+            raise CodesError(
+                f"{self.place.name}/{name}: {table.num_rows} rows of {', '.join(table.column_names)}; expected "
+                f"{'rows' if rows is None else rows} of {', '.join(schema.names)}. See: vqmill verify {self.place.name}"
+            )
+        return table if rows is None else table.slice(0, rows)
+
+    def _parquet(self, file: str, columns: list[str] | None) -> pa.Table:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         try:
-            table = pq.read_table(self.path / name, partitioning=None)  # pyright: ignore[reportUnknownMemberType]
-        except (OSError, pa.ArrowException) as error:
-            raise CodesError(f"{self.path / name}: cannot be read ({error}). See: vqmill verify {self.path}") from error
-        if table.schema != schema or (rows is not None and table.num_rows < rows):
+            data = pa.BufferReader(read_file(self.place, file, MAX_TABLE_BYTES))
+            return pq.read_table(data, columns=columns)  # pyright: ignore[reportUnknownMemberType]
+        except (OSError, pa.ArrowException, CodesError) as error:
             raise CodesError(
-                f"{self.path / name}: {table.num_rows} rows of {', '.join(table.column_names)}; expected "
-                f"{'rows' if rows is None else rows} of {', '.join(schema.names)}. See: vqmill verify {self.path}"
-            )
-        return table if rows is None else table.slice(0, rows)
+                f"{self.place.name}/{file}: cannot be read ({error}). See: vqmill verify {self.place.name}"
+            ) from error
 
     def row_readers(self, levels: Sequence[str]) -> dict[str, RowReader]:
         """Readers of some levels and of the labels, for loaders: they keep few decoded chunks."""
@@ -255,6 +268,8 @@ class Codes:
         return {name: array.row_reader(LOADER_CACHE_BYTES) for name, array in arrays.items()}
 
     def _open(self, name: str, level: LevelSpec | None) -> LevelArray:
-        source = stored_array(self.path, self.spec, level)
+        source = stored_array(self.place, self.spec, level)
         kind = f"level '{name}'" if level else f"array '{name}'"
-        return LevelArray(source, self.spec.num_rows, f"{self.path}: {kind}", level.codebook_size if level else None)
+        return LevelArray(
+            source, self.spec.num_rows, f"{self.place.name}: {kind}", level.codebook_size if level else None
+        )

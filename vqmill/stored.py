@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -12,6 +11,7 @@ from vqmill.chunks import ChunkLayout
 from vqmill.errors import CodesError
 from vqmill.files import JsonValue
 from vqmill.layout import LABEL, shard_file
+from vqmill.places import Bucket, Place, read_file
 from vqmill.reader import ChunkSource, ShardedArray
 from vqmill.spec import LABEL_FILL, LevelSpec, StoreSpec
 
@@ -25,11 +25,11 @@ KNOWN_CODECS = (
 )  # of the core Zarr v3 specification; others are not read
 
 
-def stored_array(root: Path, spec: StoreSpec, level: LevelSpec | None) -> ChunkSource:
+def stored_array(place: Place, spec: StoreSpec, level: LevelSpec | None) -> ChunkSource:
     """Gives access to an array's chunks; reads its metadata and nothing else.
 
     Args:
-        root: the store's folder.
+        place: where the store is.
         spec: the store's specification.
         level: which level; None for the labels.
 
@@ -37,30 +37,32 @@ def stored_array(root: Path, spec: StoreSpec, level: LevelSpec | None) -> ChunkS
         CodesError: the metadata is missing, damaged, or not that of the array which the specification names.
     """
     name, dtype, grid, fill = _expected(level)
-    metadata = _read(root, name)
+    metadata = _read(place, name)
     wrong = list(_differences(metadata, spec, dtype, grid, fill))
     if wrong:
         raise CodesError(
-            f"{root}: array '{name}' is not stored as zarr.json says: {'; '.join(wrong)} (docs/format.md). Restore the store's metadata from a copy."
+            f"{place.name}: array '{name}' is not stored as zarr.json says: {'; '.join(wrong)} (docs/format.md). Restore the store's metadata from a copy."
         )
     layout = _own_layout(metadata["codecs"], spec.rows_per_shard, dtype, grid)
     if layout is None:
-        return ZarrArray(root, name, spec.num_rows, grid, dtype)
-    return ShardedArray(root, lambda shard: shard_file(name, shard, len(grid)), layout)
+        return ZarrArray(place, name, spec.num_rows, grid, dtype)
+    return ShardedArray(place, lambda shard: shard_file(name, shard, len(grid)), layout)
 
 
 class ZarrArray:
     """Chunks of an array whose codecs are known but arranged otherwise than our writers do it: read by zarr-python, slowly and rightly."""
 
-    def __init__(self, root: Path, name: str, num_rows: int, grid: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    def __init__(self, place: Place, name: str, num_rows: int, grid: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         import zarr
-        from zarr.storage import LocalStore
+        from zarr.storage import LocalStore, ObjectStore
 
         try:
-            files = LocalStore(root, read_only=True)
+            files: Any = ObjectStore(place.store) if isinstance(place, Bucket) else LocalStore(place.name)
             self._array = zarr.open_array(files, path=name, mode="r", zarr_format=3)  # pyright: ignore[reportUnknownMemberType]
         except Exception as error:  # zarr has no common error for damaged metadata: also Type, Attribute, Recursion
-            raise CodesError(f"{root}: array '{name}' cannot be opened ({error}). See: vqmill verify {root}") from error
+            raise CodesError(
+                f"{place.name}: array '{name}' cannot be opened ({error}). See: vqmill verify {place.name}"
+            ) from error
         self._num_rows, self.dtype = num_rows, dtype
         self.chunk_shape = (self._array.chunks[0], *grid)
 
@@ -80,17 +82,15 @@ def _expected(level: LevelSpec | None) -> tuple[str, np.dtype[Any], tuple[int, .
     return level.name, level.dtype, level.grid, level.fill_value
 
 
-def _read(root: Path, name: str) -> dict[str, Any]:
-    path = root / name / "zarr.json"
+def _read(place: Place, name: str) -> dict[str, Any]:
+    file = f"{name}/zarr.json"
     try:
-        if path.stat().st_size > MAX_ARRAY_METADATA_BYTES:
-            raise ValueError(f"{path.stat().st_size:,} bytes, expected at most {MAX_ARRAY_METADATA_BYTES:,}")
-        metadata: JsonValue = json.loads(path.read_bytes())
+        metadata: JsonValue = json.loads(read_file(place, file, MAX_ARRAY_METADATA_BYTES))
         if not isinstance(metadata, dict):
             raise ValueError("expected an object")
     except (OSError, ValueError, RecursionError) as error:
         raise CodesError(
-            f"{root}: array '{name}' cannot be opened: {path}: {error}. See: vqmill verify {root}"
+            f"{place.name}: array '{name}' cannot be opened: {file}: {error}. See: vqmill verify {place.name}"
         ) from error
     return metadata
 

@@ -1,0 +1,179 @@
+"""Stores in an S3 bucket, read with range requests from a real server process; and what may not be opened on a disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import numpy as np
+import obstore
+import pytest
+import zarr
+
+import vqmill
+from vqmill import CodesError
+from vqmill.places import Bucket, Folder, read_file
+
+SECRET = "sentinel-secret-4711"
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory, finished_store):
+    """The address of a bucket that holds the finished store as codes.zarr; the environment says how it is reached."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("moto") / "log"
+    with log.open("wb") as output:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stdout=output, stderr=output
+        )
+    endpoint = f"http://127.0.0.1:{port}"
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "AWS_ENDPOINT_URL": endpoint,
+            "AWS_ACCESS_KEY_ID": "someone",
+            "AWS_SECRET_ACCESS_KEY": SECRET,
+            "AWS_REGION": "us-east-1",
+        }.items():
+            patch.setenv(name, value)
+        try:
+            for _ in range(200):
+                assert server.poll() is None, log.read_text()
+                try:
+                    urllib.request.urlopen(urllib.request.Request(f"{endpoint}/corpora", method="PUT")).close()
+                    break
+                except OSError:
+                    time.sleep(0.1)
+            place = Bucket("s3://corpora")
+            for file in finished_store.rglob("*"):
+                if file.is_file():
+                    obstore.put(
+                        place.store, f"codes.zarr/{file.relative_to(finished_store).as_posix()}", file.read_bytes()
+                    )
+            yield place
+        finally:
+            server.terminate()
+            server.wait()
+
+
+def test_a_store_in_a_bucket_reads_as_on_the_disk(bucket, finished_store):
+    here, there = vqmill.open_codes(finished_store), vqmill.open_codes("s3://corpora/codes.zarr")
+    assert there.spec == here.spec
+    assert "s3://corpora/codes.zarr" in repr(there)
+    for name in here.levels:
+        np.testing.assert_array_equal(there[name][:], here[name][:])
+        np.testing.assert_array_equal(there[name][[20, 3]], here[name][[20, 3]])
+    assert there.labels.tolist() == here.labels.tolist()
+    assert there.samples(5, 19) == here.samples(5, 19)
+    assert there.sample_keys() == here.sample_keys()
+    assert there.quarantine() == here.quarantine()
+    assert there.select(labels=[3, 7]).tolist() == [3, 7]
+    for mine, theirs in zip(here.batches(4, shuffle=True), there.batches(4, shuffle=True), strict=True):
+        for name, values in mine.items():
+            np.testing.assert_array_equal(theirs[name], values)
+    with pytest.raises(CodesError, match="on a disk only"):
+        _ = there.path
+
+
+def test_one_row_takes_one_range_not_the_file(bucket, monkeypatch):
+    asked = []
+    original = Bucket.get_range
+    monkeypatch.setattr(
+        Bucket,
+        "get_range",
+        lambda self, file, start, length: asked.append((file, length)) or original(self, file, start, length),
+    )
+    codes = vqmill.open_codes("s3://corpora/codes.zarr")
+    asked.clear()
+    codes["top"][3]
+    codes["top"][4]
+    size = len(obstore.get(bucket.store, "codes.zarr/top/c/0/0/0").bytes())
+    assert [file for file, _ in asked] == ["top/c/0/0/0"] * 2  # the index, then a chunk, once
+    assert sum(length for _, length in asked) <= size
+
+
+def test_what_is_missing_or_damaged_is_named(bucket, finished_store):
+    with pytest.raises(CodesError, match=r"s3://corpora/nothing\.zarr: no code store there"):
+        vqmill.open_codes("s3://corpora/nothing.zarr")
+    for file in finished_store.rglob("*"):
+        if file.is_file():
+            name = file.relative_to(finished_store).as_posix()
+            data = file.read_bytes()[:-30] if name == "bottom/c/1/0/0" else file.read_bytes()
+            if name != "top/c/2/0/0":
+                obstore.put(bucket.store, f"hurt.zarr/{name}", data)
+    codes = vqmill.open_codes("s3://corpora/hurt.zarr")
+    codes["bottom"][:8], codes["bottom"][16:]
+    with pytest.raises(CodesError, match=r"'bottom' cannot be read in rows 8\.\.15.*cut short"):
+        codes["bottom"][9]
+    with pytest.raises(CodesError, match=r"'top' cannot be read in rows 16\.\.23.*no such object"):
+        codes["top"][16]
+    with pytest.raises(CodesError, match="no such object"):
+        list(codes.batches(4))
+
+
+def test_other_codecs_in_a_bucket_are_read_by_zarr(bucket, store, stores):
+    shutil.rmtree(store / "top")
+    array = zarr.create_array(
+        store / "top",
+        shape=(21, 2, 3),
+        shards=(8, 2, 3),
+        chunks=(2, 2, 3),
+        dtype="uint16",
+        fill_value=65535,
+        compressors=None,
+    )
+    array[:] = stores.codes(stores.two_levels, 21)["top"]
+    for file in store.rglob("*"):
+        if file.is_file():
+            obstore.put(bucket.store, f"other.zarr/{file.relative_to(store).as_posix()}", file.read_bytes())
+    found = vqmill.open_codes("s3://corpora/other.zarr")["top"][:]
+    np.testing.assert_array_equal(found, stores.codes(stores.two_levels, 21)["top"])
+
+
+def test_no_message_holds_a_secret(bucket, monkeypatch):
+    messages = [repr(vqmill.open_codes("s3://corpora/codes.zarr"))]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(CodesError) as unreachable:
+        vqmill.open_codes("s3://corpora/codes.zarr")
+    messages.append(str(unreachable.value))
+    for address in (
+        f"s3://someone:{SECRET}@corpora/codes.zarr?token={SECRET}",
+        f"ftp://x:{SECRET}@host/a",
+        f"https://x:{SECRET}@127.0.0.1:9/codes.zarr",
+    ):
+        with pytest.raises(CodesError) as error:
+            vqmill.open_codes(address)
+        messages.append(str(error.value))
+    assert not any(SECRET in message for message in messages), messages
+
+
+def test_without_obstore_it_is_said_how_to_get_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    with pytest.raises(CodesError, match=r"pip install 'vqmill\[s3\]'"):
+        vqmill.open_codes("s3://corpora/codes.zarr")
+
+
+@pytest.mark.parametrize("file", ["zarr.json", "top/zarr.json", "samples/part-000000.parquet"])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_is_no_plain_file_is_not_read(store, file, kind):
+    """Neither waits for a pipe's writer nor reads a device without end."""
+    (store / file).unlink()
+    if kind == "pipe":
+        os.mkfifo(store / file)
+    else:
+        (store / file).symlink_to("/dev/zero")
+    with pytest.raises(CodesError):
+        vqmill.open_codes(store).samples()
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path):
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(2**40)  # sparse
+    with pytest.raises(CodesError, match="1,099,511,627,776 bytes, expected at most 1,000"):
+        read_file(Folder(tmp_path), "large", 1000)
