@@ -52,14 +52,14 @@ def bits(folder: Path, store: Path | None = None) -> Iterator[Line]:
                 own = codec == spec.codec
                 name = path / shard_file(level.name, shard, len(level.grid))
                 sizes[codec] += (
-                    name.stat().st_size
-                    if own
-                    else len(encode_zarr_shard(replace(spec, codec=codec), level, rows))
+                    name.stat().st_size if own else len(encode_zarr_shard(replace(spec, codec=codec), level, rows))
                 )
         limit = entropy(counts)
         for codec, size in sizes.items():
             found = size * 8 / counts.sum()
-            title = f"bits a code on the disk over order-0 entropy, {what}, level {level.name} {list(level.grid)}, {codec}"
+            title = (
+                f"bits a code on the disk over order-0 entropy, {what}, level {level.name} {list(level.grid)}, {codec}"
+            )
             # A store takes the smallest codec or one within 2 % of it; the target is for the default.
             yield Line(found / limit, title, f"{found:.3f}", f"{limit:.3f}", TARGET if codec == CODECS[0] else None)
 
@@ -78,11 +78,16 @@ def _trained(folder: Path) -> tuple[Path, str]:
     train_tokenizer(corpus, folder / "tokenizer", preset="rgb32", config=config, size=None, holdout=0.05, flags=flags)
     model = tokenizer.load(folder / "tokenizer")
     size = model.config.size
-    encoder = SpanEncoder(tokenizer.dumps(model), Preprocessing(size=size, channels=model.config.channels), Encoding(), "cpu")
+    encoder = SpanEncoder(
+        tokenizer.dumps(model), Preprocessing(size=size, channels=model.config.channels), Encoding(), "cpu"
+    )
     spans = [span.codes for shard in plan_corpus(corpus).shards for span in encoder.spans(shard)]
     levels = tuple(
         LevelSpec(name, model.config.codebook_size, model.config.grid(name, size)) for name in model.config.level_names
     )
     codes = {level.name: np.concatenate([span[level.name] for span in spans]) for level in levels}
     path = write_store(folder / "codes.zarr", store_spec(levels), codes)
-    return path, f"rgb32 after {STEPS} steps on {what}, {len(codes[levels[0].name]):,} rows, {ROWS_PER_SHARD:,} a Zarr shard"
+    return (
+        path,
+        f"rgb32 after {STEPS} steps on {what}, {len(codes[levels[0].name]):,} rows, {ROWS_PER_SHARD:,} a Zarr shard",
+    )
