@@ -25,7 +25,8 @@ RESERVED_NAMES = (
     "commits",
     "label",
     "row",
-)  # folders of the store's own, and what batches call a row's number
+    "store",
+)  # the store's folders, and names in batches
 CODECS = ("blosc-zstd", "blosc-lz4", "zstd")  # layout.py builds them
 MAX_ROW_BYTES = 256 * 1024 * 1024  # what a reader takes memory for on the word of a file: one row,
 MAX_SHARD_BYTES = 4 * 1024 * 1024 * 1024  # one Zarr shard of one level,

@@ -8,16 +8,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
-import zarr
-from zarr.storage import LocalStore
 
 from vqmill import layout
 from vqmill.errors import CodesError
+from vqmill.level import LevelArray
 from vqmill.loader import CodeBatches, LastBatch
-from vqmill.spec import LABEL_FILL, LevelSpec, StoreSpec
+from vqmill.reader import RowReader
+from vqmill.spec import LevelSpec, StoreSpec
+from vqmill.stored import stored_array
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.compute as pc
+
+ROW_COLUMN = "__row"
+LOADER_CACHE_BYTES = (
+    4 * 1024 * 1024
+)  # of each array: chunks that two pools share, and labels, of which a chunk serves many pools
 
 
 def open_codes(path: str | os.PathLike[str], *, allow_incomplete: bool = False) -> Codes:
@@ -25,102 +32,24 @@ def open_codes(path: str | os.PathLike[str], *, allow_incomplete: bool = False) 
 
     Args:
         path: the store's folder.
-        allow_incomplete: also open a store whose job has not finished; its committed rows are whole and right, but not all.
+        allow_incomplete: also open a store whose job has not finished; its committed rows are whole and right, but not all. Without it,
+            a store that is being appended to opens with the rows that it had.
 
     Raises:
         CodesError: no store there, a newer format, damaged metadata, or an unfinished job.
     """
     if "://" in os.fspath(path):
         raise CodesError(f"{path}: only local stores are read so far. Copy the store to a disk and open that.")
-    codes = Codes(Path(path), layout.read_spec(Path(path)))
-    if not codes.spec.complete and not allow_incomplete:
-        raise CodesError(
-            f"{path}: unfinished: {len(codes):,} rows are committed, more are to come. "
-            "Run the same `vqmill tokenize` command to finish it, or, in Python, open it with allow_incomplete=True."
-        )
-    return codes
-
-
-class LevelArray:
-    """The codes of one level: an array [N, *grid] of unsigned integers that reads what is indexed.
-
-    >>> codes["bottom"][0:8].shape          # doctest: +SKIP
-    (8, 64, 64)
-    """
-
-    def __init__(self, array: zarr.Array[Any], num_rows: int, name: str, codebook_size: int | None) -> None:
-        self._array = array
-        self._num_rows = num_rows
-        self._name = name  # for errors: the store and the array in it
-        self._codebook_size = codebook_size  # None: labels
-
-    def __len__(self) -> int:
-        return self._num_rows
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(N, h, w) or (N, t, h, w)."""
-        return (self._num_rows, *self._array.shape[1:])
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """The stored dtype: uint8, uint16 or uint32."""
-        return self._array.dtype
-
-    def __getitem__(self, key: Any) -> np.ndarray[Any, Any]:
-        """Rows by integer, slice (forward), list of integers or boolean mask, then any axes of the grid.
-
-        Raises:
-            IndexError: a row that is not there.
-        """
-        parts = cast("tuple[Any, ...]", key if isinstance(key, tuple) and key else (key,))
-        rows, rest = parts[0], parts[1:]
-        if rows is Ellipsis:
-            missing = len(self.shape) - len(rest)
-            rows, rest = slice(None), (*[slice(None)] * (missing - 1), *rest)
-        if isinstance(rows, slice):
-            return self._read((slice(*rows.indices(self._num_rows)), *rest))
-        wanted = np.asarray(rows)
-        if isinstance(rows, (int, np.integer)) and not isinstance(rows, bool):
-            return self._read((int(self._checked(wanted.reshape(1))[0]), *rest))
-        if wanted.ndim != 1 or (wanted.size and wanted.dtype.kind not in "iub"):
-            raise IndexError(f"rows are named by integer, slice, list of integers or mask, got {rows!r}")
-        if wanted.dtype == bool:
-            if wanted.shape != (self._num_rows,):
-                raise IndexError(f"a mask over {self._num_rows} rows is expected, got shape {wanted.shape}")
-            wanted = np.flatnonzero(wanted)
-        return self._read((self._checked(wanted.astype(np.int64)), *rest))
-
-    def _read(self, selection: tuple[Any, ...]) -> np.ndarray[Any, Any]:
-        lists = any(not isinstance(part, (int, np.integer, slice, type(Ellipsis))) for part in selection)
-        try:
-            values = np.asarray(self._array.oindex[selection] if lists else self._array[selection])
-        except (OSError, ValueError, RuntimeError) as error:
-            raise CodesError(f"{self._name} cannot be read: {error}. Restore it from a copy.") from error
-        if self._codebook_size is None:
-            if values.size and int(values.min()) == LABEL_FILL:
-                raise CodesError(f"{self._name}: labels are missing from its files. Restore them from a copy.")
-        elif values.size and int(values.max()) >= self._codebook_size:
-            rows = np.atleast_1d(np.arange(self._num_rows)[selection[0]])
+    spec = layout.read_spec(Path(path))
+    if not spec.complete and not allow_incomplete:
+        finished = spec.segments[-1].first_row if spec.segments else 0
+        if not finished:
             raise CodesError(
-                f"{self._name} holds code {int(values.max())} in rows {rows.min()}..{rows.max()}, but codebook_size is "
-                f"{self._codebook_size} (valid 0..{self._codebook_size - 1}). Restore it from a copy."
+                f"{path}: unfinished: {spec.num_rows:,} rows are committed, more are to come. "
+                "Run the same `vqmill tokenize` command to finish it, or, in Python, open it with allow_incomplete=True."
             )
-        return values
-
-    def _checked(self, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        if rows.size and (rows.min() < -self._num_rows or rows.max() >= self._num_rows):
-            raise IndexError(
-                f"row {int(rows.max() if rows.max() >= self._num_rows else rows.min())} is not in 0..{self._num_rows - 1}"
-            )
-        return np.where(rows < 0, rows + self._num_rows, rows)
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
-        if copy is False:
-            raise ValueError(
-                f"{self._name} is on a disk: it becomes an array only by being copied, so copy=False cannot be had."
-            )
-        return np.asarray(self[:], dtype=dtype)
+        spec = spec.with_progress(num_rows=finished, num_commits=-(-finished // spec.rows_per_shard), complete=True)
+    return Codes(Path(path), spec)
 
 
 class Codes:
@@ -203,18 +132,47 @@ class Codes:
         import pyarrow.parquet as pq
 
         keys: list[str] = []
-        for shard in range(self.spec.num_commits):
-            path = self.path / layout.samples_file(shard)
+        for first in range(0, len(self), self.spec.rows_per_shard):
+            path = self.path / layout.samples_file(first // self.spec.rows_per_shard)
+            expected = min(self.spec.rows_per_shard, len(self) - first)
             try:
                 table = pq.read_table(path, columns=["key"], partitioning=None)  # pyright: ignore[reportUnknownMemberType]
-                keys += cast("list[str]", table["key"].to_pylist())
+                part = cast("list[str]", table["key"].to_pylist())[:expected]
             except (OSError, pa.ArrowException, KeyError) as error:
                 raise CodesError(f"{path}: cannot be read ({error}). See: vqmill verify {self.path}") from error
-        if len(keys) != len(self):
-            raise CodesError(
-                f"{self.path}: {len(keys):,} rows of samples, but {len(self):,} of codes. See: vqmill verify {self.path}"
-            )
+            if len(part) < expected:
+                raise CodesError(f"{path}: {len(part):,} rows, expected {expected:,}. See: vqmill verify {self.path}")
+            keys += part
         return keys
+
+    def select(
+        self, *, labels: Sequence[int] | None = None, where: pc.Expression | None = None
+    ) -> np.ndarray[Any, Any]:
+        """Numbers of the rows that are wanted, int64, ascending: for `batches(rows=...)` and for indexing.
+
+        Args:
+            labels: rows with one of these labels; MISSING_LABEL (-1) for rows without one.
+            where: rows of the samples table for which it is true: `pyarrow.compute.field("width") >= 256`.
+
+        Raises:
+            CodesError: a part of the table is missing or damaged, or the expression does not fit its columns.
+        """
+        import pyarrow as pa
+
+        chosen = np.arange(len(self)) if labels is None else np.flatnonzero(np.isin(self.labels, list(labels)))
+        if where is None:
+            return chosen
+        found: list[np.ndarray[Any, Any]] = [np.empty(0, np.int64)]
+        for first in range(0, len(self), self.spec.rows_per_shard):
+            part = self.samples(first, first + self.spec.rows_per_shard)
+            numbered = part.append_column(ROW_COLUMN, pa.array(np.arange(first, first + part.num_rows)))
+            try:
+                found.append(np.asarray(numbered.filter(where)[ROW_COLUMN]))
+            except (pa.ArrowException, TypeError) as error:
+                raise CodesError(
+                    f"{self.path}: the samples table cannot be filtered by {where} ({error}); its columns are {', '.join(part.column_names)}."
+                ) from error
+        return np.intersect1d(chosen, np.concatenate(found), assume_unique=True)
 
     def quarantine(self) -> pa.Table:
         """The samples that were set aside, with the reason for each.
@@ -240,35 +198,42 @@ class Codes:
         last: LastBatch = "keep",
         levels: Sequence[str] | None = None,
         rows: np.ndarray[Any, Any] | None = None,
+        pool_bytes: int | None = None,
+        threads: int | None = None,
     ) -> CodeBatches:
-        """Batches of one epoch each time it is iterated: `{"top": uint16 [B, h, w], ..., "label": int64 [B]}`.
+        """Batches of one epoch each time it is iterated: `{"top": uint16 [B, h, w], ..., "label": int64 [B], "row": int64 [B]}`.
 
         Args:
             batch_size: rows of a batch on this rank.
-            shuffle: another order every epoch, a function of (seed, epoch) alone.
+            shuffle: another order every epoch, a function of (seed, epoch), the pool and the chosen rows; not of `threads`, and not of
+                rank and world size as long as the global batch is the same and the world size divides 16.
             seed: names the order.
             rank: which of the `world_size` equal parts of each global batch is ours.
             world_size: how many ranks share an epoch.
             last: what is done with the ragged end: `keep` it (ranks may then differ by a batch), `drop` it, or `pad` it with
                 rows from the beginning of the epoch's order so that all ranks get equally many full batches.
             levels: which levels to read; all by default.
-            rows: only these rows (int64, distinct), for example one side of a split.
+            rows: only these rows (int64, distinct): one side of a split, or what `select` found.
+            pool_bytes: memory of this rank for rows that are read and not yet given out. The larger, the closer to a full shuffle; if not
+                given, what brings the variance of batch means within 1.25 of independent draws, up to 512 MiB.
+            threads: that read and decode; one for each core, up to 8, if not given.
 
         Raises:
             CodesError: an option out of its range.
         """
         names = tuple(levels) if levels is not None else self.levels
-        arrays = {name: self[name] for name in names}
+        for name in names:
+            self.spec.level(name)
         return CodeBatches(
-            self.spec, arrays, self._labels, batch_size,
-            shuffle=shuffle, seed=seed, rank=rank, world_size=world_size, last=last, rows=rows,
+            self, batch_size, levels=names, shuffle=shuffle, seed=seed, rank=rank, world_size=world_size, last=last, rows=rows,
+            pool_bytes=pool_bytes, threads=threads,
         )  # fmt: skip
 
     def table(self, name: str, schema: pa.Schema, rows: int | None = None) -> pa.Table:
-        """One Parquet part, with exactly these columns and (when given) so many rows.
+        """One Parquet part, with exactly these columns and (when given) its first so many rows: a writer may have added some.
 
         Raises:
-            CodesError: the part cannot be read, or has other columns or another number of rows.
+            CodesError: the part cannot be read, or has other columns or fewer rows.
         """
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -277,27 +242,19 @@ class Codes:
             table = pq.read_table(self.path / name, partitioning=None)  # pyright: ignore[reportUnknownMemberType]
         except (OSError, pa.ArrowException) as error:
             raise CodesError(f"{self.path / name}: cannot be read ({error}). See: vqmill verify {self.path}") from error
-        if table.schema != schema or rows not in (None, table.num_rows):
+        if table.schema != schema or (rows is not None and table.num_rows < rows):
             raise CodesError(
                 f"{self.path / name}: {table.num_rows} rows of {', '.join(table.column_names)}; expected "
                 f"{'rows' if rows is None else rows} of {', '.join(schema.names)}. See: vqmill verify {self.path}"
             )
-        return table
+        return table if rows is None else table.slice(0, rows)
+
+    def row_readers(self, levels: Sequence[str]) -> dict[str, RowReader]:
+        """Readers of some levels and of the labels, for loaders: they keep few decoded chunks."""
+        arrays = {layout.LABEL: self._labels, **{name: self[name] for name in levels}}
+        return {name: array.row_reader(LOADER_CACHE_BYTES) for name, array in arrays.items()}
 
     def _open(self, name: str, level: LevelSpec | None) -> LevelArray:
-        spec = self.spec
-        expected = layout.level_array(spec, level, spec.num_rows) if level else layout.label_array(spec, spec.num_rows)
-        try:
-            files = LocalStore(self.path, read_only=True)
-            array = zarr.open_array(files, path=name, mode="r", zarr_format=3)  # pyright: ignore[reportUnknownMemberType]
-        except Exception as error:  # zarr has no common error for damaged metadata: also Type, Attribute, Recursion
-            raise CodesError(
-                f"{self.path}: array '{name}' cannot be opened ({error}). See: vqmill verify {self.path}"
-            ) from error
-        if not layout.same_layout(array, expected) or array.shape[0] < spec.num_rows:
-            raise CodesError(
-                f"{self.path}: array '{name}' ({array.dtype} {array.shape}) is not stored as zarr.json says: expected "
-                f"{expected.dtype} {expected.shape} with the codecs of docs/format.md. Restore the store's metadata from a copy."
-            )
+        source = stored_array(self.path, self.spec, level)
         kind = f"level '{name}'" if level else f"array '{name}'"
-        return LevelArray(array, spec.num_rows, f"{self.path}: {kind}", level.codebook_size if level else None)
+        return LevelArray(source, self.spec.num_rows, f"{self.path}: {kind}", level.codebook_size if level else None)

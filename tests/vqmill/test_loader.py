@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import vqmill
 from vqmill import CodesError
-from vqmill import loader as loader_module
+from vqmill.order import BlockOrder, EpochOrder, Permutation
+from vqmill.pools import PoolMemory
+from vqmill.reader import RowReader
 
 NUM_ROWS = 53
+FIRST_ROWS = [16, 20, 0, 4, 40, 44, 47, 26, 29, 32, 35, 38, 49, 52, 10, 13]
 
 
 @pytest.fixture(scope="module")
@@ -28,11 +34,10 @@ def codes(codes_and_rows):
     return codes_and_rows[0]
 
 
-@pytest.fixture(params=[10, 10_000], ids=lambda rows: f"pool{rows}")
-def pool_rows(request, monkeypatch, stores):
-    """Several pools an epoch, and all rows in one."""
-    monkeypatch.setattr(loader_module, "POOL_BYTES", request.param * stores.two_levels.row_bytes)
-    return request.param
+@pytest.fixture(params=[3, 10, 30, 10_000], ids=lambda rows: f"pool{rows}")
+def pool(request, stores):
+    """Memory for the fewest rows that will do, for some pools an epoch, and for all rows in one."""
+    return {"pool_bytes": request.param * (stores.two_levels.row_bytes + 24)}
 
 
 def labels_of(batches):
@@ -44,14 +49,15 @@ def flat(batches):
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
-def test_each_row_once_an_epoch_with_its_own_codes(codes_and_rows, pool_rows, shuffle):
+def test_each_row_once_an_epoch_with_its_own_codes(codes_and_rows, pool, shuffle):
     codes, rows = codes_and_rows
-    batches = codes.batches(8, shuffle=shuffle)
+    batches = codes.batches(8, shuffle=shuffle, **pool)
     for _ in range(2):
         seen = []
         for batch in batches:
-            assert list(batch) == ["label", "top", "bottom"]
-            assert batch["label"].dtype == np.int64
+            assert sorted(batch) == ["bottom", "label", "row", "top"]
+            assert batch["label"].dtype == batch["row"].dtype == np.int64
+            np.testing.assert_array_equal(batch["label"], batch["row"])
             for name, values in rows.items():
                 assert batch[name].dtype == codes[name].dtype
                 np.testing.assert_array_equal(batch[name], values[batch["label"]])
@@ -60,15 +66,26 @@ def test_each_row_once_an_epoch_with_its_own_codes(codes_and_rows, pool_rows, sh
         assert shuffle or seen == list(range(NUM_ROWS))
 
 
-def test_orders_follow_seed_and_epoch(codes, pool_rows):
-    first, again, other = (codes.batches(8, shuffle=True, seed=seed) for seed in (0, 0, 1))
+def test_orders_follow_seed_and_epoch(codes, pool):
+    first, again, other = (codes.batches(8, shuffle=True, seed=seed, **pool) for seed in (0, 0, 1))
     epochs = [flat(first) for _ in range(3)]
     assert [flat(again) for _ in range(3)] == epochs
     assert len({tuple(epoch) for epoch in [*epochs, list(range(NUM_ROWS)), flat(other)]}) == 5
 
 
-def test_the_order_does_not_depend_on_the_batch_size(codes, pool_rows):
-    assert len({tuple(flat(codes.batches(size, shuffle=True))) for size in (1, 3, 8, 53, 100)}) == 1
+def test_the_order_does_not_depend_on_the_batch_size(codes, pool):
+    assert len({tuple(flat(codes.batches(size, shuffle=True, **pool))) for size in (1, 3, 8, 53, 100)}) == 1
+
+
+def test_the_order_does_not_depend_on_the_number_of_threads(codes, pool):
+    orders = [flat(codes.batches(8, shuffle=True, threads=threads, **pool)) for threads in (1, 2, 7, None)]
+    assert orders[1:] == orders[:-1]
+
+
+def test_the_order_is_the_same_in_every_release(codes, stores):
+    """Draws are Philox's raw ones: a change of this list breaks the states that people have saved."""
+    memory = {"pool_bytes": 30 * (stores.two_levels.row_bytes + 24)}
+    assert flat(codes.batches(16, shuffle=True, seed=7, **memory))[:16] == FIRST_ROWS
 
 
 def test_a_shuffle_reaches_across_blocks(codes):
@@ -77,20 +94,28 @@ def test_a_shuffle_reaches_across_blocks(codes):
     assert len({row // 8 for row in first}) > 3
 
 
+def dealt(batches):
+    """One row of each rank in turn, batch by batch: the order of all ranks together."""
+    together = []
+    for step in range(max(map(len, batches), default=0)):
+        rows = [given[step] if step < len(given) else [] for given in batches]
+        together += [part[i] for i in range(max(map(len, rows))) for part in rows if i < len(part)]
+    return together
+
+
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("last", ["keep", "drop", "pad"])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_ranks_partition_the_epoch(codes, pool_rows, world_size, last, shuffle):
-    options = {"shuffle": shuffle, "seed": 3, "last": last}
-    order = flat(codes.batches(7, shuffle=shuffle, seed=3))
+def test_ranks_partition_the_epoch(codes, pool, world_size, last, shuffle):
+    options = {"shuffle": shuffle, "seed": 3, "last": last, **pool}
     ranks = [codes.batches(5, rank=rank, world_size=world_size, **options) for rank in range(world_size)]
     batches = [labels_of(loader) for loader in ranks]
     assert [len(loader) for loader in ranks] == [len(given) for given in batches]
-    # The ranks' parts of a global batch, put together, are the next rows of the one order.
-    together = []
-    for step in range(max(map(len, batches), default=0)):
-        together += [label for given in batches if step < len(given) for label in given[step]]
-    global_size = 5 * world_size
+    together, global_size = dealt(batches), 5 * world_size
+    alone = codes.batches(7, shuffle=shuffle, seed=3)
+    alone.load_state_dict(ranks[0].state_dict() | {"epoch": 0})
+    order = flat(alone)
+    assert sorted(order) == list(range(NUM_ROWS))
     if last == "keep":
         assert together == order
         assert max(map(len, batches)) - min(map(len, batches)) <= 1
@@ -114,8 +139,8 @@ def test_fewer_rows_than_ranks(codes, last):
 
 
 @pytest.mark.parametrize("last", ["keep", "drop", "pad"])
-def test_resuming_anywhere_equals_going_on(codes, pool_rows, last):
-    options = {"shuffle": True, "seed": 5, "last": last}
+def test_resuming_anywhere_equals_going_on(codes, pool, last):
+    options = {"shuffle": True, "seed": 5, "last": last, **pool}
     loader = codes.batches(6, **options)
     states, batches = [json.dumps(loader.state_dict())], []
     for _ in range(2):
@@ -132,23 +157,39 @@ def test_resuming_anywhere_equals_going_on(codes, pool_rows, last):
 
 
 @pytest.mark.parametrize("last", ["keep", "drop", "pad"])
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_resuming_into_another_world_size(codes, pool_rows, world_size, last):
-    """One rank gave three global batches of 12; any number of ranks takes up the rest of them."""
-    options = {"shuffle": True, "seed": 5, "last": last}
-    single = codes.batches(12, **options)
-    iterator = iter(single)
-    for _ in range(3):
-        next(iterator)
-    state = single.state_dict()
-    expected = [label for batch in iterator for label in batch["label"].tolist()]
-    ranks = []
-    for rank in range(world_size):
-        loader = codes.batches(12 // world_size, rank=rank, world_size=world_size, **options)
-        loader.load_state_dict(state)
-        ranks.append(labels_of(loader))
-    steps = range(max(map(len, ranks)))
-    assert [label for step in steps for given in ranks if step < len(given) for label in given[step]] == expected
+@pytest.mark.parametrize(("first", "then"), [(1, 1), (1, 4), (4, 1), (2, 3), (3, 2), (16, 5)])
+def test_resuming_into_another_world_size_and_batch_size(codes, pool, first, then, last):
+    """What one set of ranks gave and what another set takes up are together the epoch that one rank alone goes through."""
+    options = {"shuffle": True, "seed": 5, "last": last, **pool}
+    before = [codes.batches(2, rank=rank, world_size=first, **options) for rank in range(first)]
+    iterators = [iter(loader) for loader in before]
+    given = [[next(iterator)["label"].tolist()] for iterator in iterators]
+    states = [loader.state_dict() for loader in before]
+    assert states[1:] == states[:-1]
+    after = [codes.batches(3, rank=rank, world_size=then, **options) for rank in range(then)]
+    for loader in after:
+        loader.load_state_dict(json.loads(json.dumps(states[0])))
+    together = dealt(given) + dealt([labels_of(loader) for loader in after])
+    alone = codes.batches(7, shuffle=True, seed=5)
+    alone.load_state_dict(states[0] | {"place": 0})
+    order = flat(alone)
+    left = NUM_ROWS - 2 * first
+    end = {"keep": NUM_ROWS, "drop": NUM_ROWS - left % (3 * then), "pad": NUM_ROWS}[last]
+    assert together[:NUM_ROWS] == order[:end]
+    assert len(together) == end + (-left % (3 * then) if last == "pad" else 0)
+
+
+def test_ranks_read_different_lanes(codes, stores, monkeypatch):
+    """Each of four ranks decodes about a quarter of the rows, not all of them."""
+    read = []
+    original = RowReader.read
+    monkeypatch.setattr(RowReader, "read", lambda self, rows, out: read.append(len(rows)) or original(self, rows, out))
+    memory = 30 * (stores.two_levels.row_bytes + 24)
+    for shuffle in (False, True):
+        for rank in range(4):
+            read.clear()
+            list(codes.batches(2, shuffle=shuffle, rank=rank, world_size=4, pool_bytes=memory // 4))
+            assert NUM_ROWS // 4 <= sum(read) / 3 <= NUM_ROWS // 4 + 1  # top, bottom, label
 
 
 def test_the_state_is_small_and_moves(codes):
@@ -156,18 +197,22 @@ def test_the_state_is_small_and_moves(codes):
     iterator = iter(loader)
     next(iterator)
     state = loader.state_dict()
-    assert state["global_batches"] == 1
+    assert state["place"] == 6
     assert len(json.dumps(state)) < 500
     list(iterator)
-    assert (loader.state_dict()["epoch"], loader.state_dict()["global_batches"]) == (1, 0)
+    assert (loader.state_dict()["epoch"], loader.state_dict()["place"]) == (1, 0)
+
+
+def test_an_epoch_that_was_left_goes_on(codes):
+    loader = codes.batches(6, shuffle=True)
+    first = next(iter(loader))["label"].tolist()
+    assert sorted(first + flat(loader)) == list(range(NUM_ROWS))
 
 
 @pytest.mark.parametrize(
     "other",
     [
         {"seed": 1},
-        {"batch_size": 5},
-        {"world_size": 2},
         {"shuffle": False},
         {"rows": np.arange(20)},
     ],
@@ -180,17 +225,19 @@ def test_a_state_of_another_order_is_refused(codes, other):
         codes.batches(**options | other).load_state_dict(state)
 
 
-@pytest.mark.parametrize("change", [{"epoch": -1}, {"global_batches": -1}, {"epoch": "a"}, {"epoch": None}, None])
+@pytest.mark.parametrize(
+    "change", [{"epoch": -1}, {"place": -1}, {"epoch": "a"}, {"epoch": None}, {"lanes": 0}, {"pool_rows": True}, None]
+)
 def test_a_damaged_state_is_refused(codes, change):
     loader = codes.batches(6)
     with pytest.raises(CodesError):
         loader.load_state_dict({} if change is None else loader.state_dict() | change)
 
 
-def test_a_subset_of_rows(codes, pool_rows):
+def test_a_subset_of_rows(codes, pool):
     rows = np.array([40, 3, 17, 18, 52, 0, 30])
-    assert flat(codes.batches(3, rows=rows)) == sorted(rows.tolist())
-    shuffled = codes.batches(3, rows=rows, shuffle=True)
+    assert flat(codes.batches(3, rows=rows, **pool)) == sorted(rows.tolist())
+    shuffled = codes.batches(3, rows=rows, shuffle=True, **pool)
     assert sorted(flat(shuffled)) == sorted(rows.tolist())
     assert len(shuffled) == 3
     assert list(codes.batches(3, rows=np.array([], np.int64), shuffle=True, last="pad")) == []
@@ -198,7 +245,7 @@ def test_a_subset_of_rows(codes, pool_rows):
 
 def test_a_subset_of_levels(codes):
     batch = next(iter(codes.batches(3, levels=["bottom"])))
-    assert sorted(batch) == ["bottom", "label"]
+    assert sorted(batch) == ["bottom", "label", "row"]
     with pytest.raises(CodesError, match="no level 'middle'"):
         codes.batches(3, levels=["middle"])
 
@@ -219,6 +266,8 @@ def test_a_subset_of_levels(codes):
         {"rows": np.array([1.5])},
         {"rows": np.array([[1, 2]])},
         {"rows": np.ones(NUM_ROWS, bool)},
+        {"threads": 0},
+        {"pool_bytes": 100},
         {"seed": -1, "shuffle": True},
         {"seed": 2**64, "shuffle": True},
     ],
@@ -240,12 +289,69 @@ def test_a_code_out_of_range_stops_the_epoch(store, stores):
         list(vqmill.open_codes(store).batches(4))
 
 
-def test_memory_is_bounded_by_the_pool(codes, pool_rows, monkeypatch):
-    read = []
-    original = loader_module.CodeBatches._read
-    monkeypatch.setattr(
-        loader_module.CodeBatches, "_read", lambda self, rows: read.append(len(rows)) or original(self, rows)
-    )
-    list(codes.batches(4, shuffle=True))
-    assert max(read) <= max(4, pool_rows)
-    assert sum(read) == NUM_ROWS
+def test_memory_is_bounded_by_the_pool(codes, pool, monkeypatch):
+    taken = []
+    original = PoolMemory.allocate.__func__
+
+    def allocate(cls, *arguments):
+        memory = original(cls, *arguments)
+        taken.append(memory.order.nbytes + sum(values.nbytes for values in memory.values.values()))
+        return memory
+
+    monkeypatch.setattr(PoolMemory, "allocate", classmethod(allocate))
+    list(codes.batches(4, shuffle=True, **pool))
+    whole = (NUM_ROWS + 16) * (codes.spec.row_bytes + 24)
+    assert max(taken) <= 3 * whole if pool["pool_bytes"] > whole else max(taken) <= pool["pool_bytes"]
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_threads_end_with_the_epoch(codes, shuffle):
+    before = threading.active_count()
+    iterator = iter(codes.batches(4, shuffle=shuffle, threads=3))
+    next(iterator)
+    del iterator
+    list(codes.batches(4, shuffle=shuffle, threads=3))
+    assert threading.active_count() == before
+
+
+@given(
+    num_rows=st.integers(0, 200), block_rows=st.integers(1, 9), lanes=st.integers(1, 20), pool_rows=st.integers(1, 40),
+    chosen=st.booleans(), shuffle=st.booleans(), seed=st.integers(0, 2**64 - 1),
+)  # fmt: skip
+def test_every_order_holds_each_row_once(num_rows, block_rows, lanes, pool_rows, chosen, shuffle, seed):
+    rows = np.flatnonzero(np.random.default_rng(seed % 2**32).random(num_rows) < 0.5) if chosen else num_rows
+    key = (seed, 3) if shuffle else None
+    blocks = BlockOrder(rows, block_rows, key)
+    order = EpochOrder(blocks, lanes, pool_rows, key)
+    wanted = rows.tolist() if chosen else list(range(num_rows))
+    laid = blocks.rows_between(0, blocks.num_rows)
+    half = blocks.num_rows // 2
+    assert [*blocks.rows_between(0, half), *blocks.rows_between(half, blocks.num_rows)] == laid.tolist()
+    places = np.arange(blocks.num_rows)
+    found = np.full(len(places), -1)
+    for lane, pool, inside in sorted(set(zip(*(part.tolist() for part in order.locate(places)), strict=True))):
+        at = place_of(order, lane, pool, inside)
+        found[at] = order.rows_of(lane, pool)[order.permutation_of(lane, pool)][inside]
+    assert sorted(found.tolist()) == wanted
+    if not shuffle:
+        assert laid.tolist() == wanted
+
+
+def place_of(order, lane, pool, inside):
+    return (order.pool_bounds(lane, pool)[0] + inside) * order.lanes + lane
+
+
+@given(size=st.integers(1, 5000), seed=st.integers(0, 2**64 - 1), stream=st.integers(0, 2**32))
+def test_a_permutation_is_one(size, seed, stream):
+    permutation = Permutation(size, seed, stream)
+    elements = permutation(np.arange(size))
+    assert sorted(elements.tolist()) == list(range(size))
+    np.testing.assert_array_equal(permutation.place_of(elements), np.arange(size))
+
+
+@pytest.mark.parametrize("size", [2, 3, 5, 9, 16])
+def test_each_element_comes_to_each_place_equally_often(size):
+    draws = np.array([Permutation(size, seed, 0)(np.arange(size)) for seed in range(3000)])
+    counts = np.array([np.bincount(draws[:, place], minlength=size) for place in range(size)])
+    spread = np.sqrt(3000 / size)
+    assert abs(counts - 3000 / size).max() < 5 * spread

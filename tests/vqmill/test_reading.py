@@ -105,7 +105,10 @@ def test_missing_array_metadata_is_refused(store):
         (["shape"], [-21, 2, 3]),
         (["fill_value"], "x"),
         (["fill_value"], 0),
-        (["codecs"], [{"name": "bytes", "configuration": {"endian": "little"}}]),
+        (["codecs"], []),
+        (["codecs"], "bytes"),
+        (["codecs"], [5]),
+        (["storage_transformers"], [{"name": "x"}]),
         (["codecs", 0, "configuration", "codecs", 1, "name"], "nonsense"),
         (["codecs", 0, "configuration", "codecs", 1, "name"], "numcodecs.zlib"),
         (["chunk_grid", "configuration", "chunk_shape"], [7, 2, 3]),
@@ -197,11 +200,17 @@ MASK = np.arange(21) % 4 == 1
         (slice(0, 3), ...),
         ...,
         (..., 0),
+        (..., 3, 1, 2),
+        slice(None, None, -1),
+        slice(20, 2, -3),
+        ([20, 0, 0, 5], [1, 0]),
     ],
     ids=repr,
 )
 def test_indexing_is_numpys(store, stores, key):
-    expected = stores.codes(stores.two_levels, 21)["top"].astype(np.uint16)[key]
+    rows, *rest = key if isinstance(key, tuple) else (key,)
+    expected = stores.codes(stores.two_levels, 21)["top"].astype(np.uint16)
+    expected = expected[key] if rows is ... or isinstance(rows, int) else expected[rows][(slice(None), *rest)]
     read = vqmill.open_codes(store)["top"][key]
     assert isinstance(read, np.ndarray)
     assert read.dtype == np.uint16
@@ -219,7 +228,6 @@ def test_indexing_is_numpys(store, stores, key):
         np.ones(20, bool),
         (0, 2),
         (0, 0, 0, 0),
-        slice(None, None, -1),
         [0.5],
         [[0, 1], [2, 3]],
         "top",

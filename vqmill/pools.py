@@ -1,0 +1,163 @@
+"""Holds the pools of an epoch in memory: threads fill them ahead of their use, `take` gathers rows out of them."""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from collections.abc import Mapping
+from concurrent.futures import Executor, Future, wait
+from dataclasses import dataclass
+from itertools import pairwise
+from math import gcd
+from typing import Any
+
+import numpy as np
+
+from vqmill.order import EpochOrder, Integers
+from vqmill.reader import RowReader
+
+PIECE_BYTES = 2 * 1024 * 1024  # what a thread decodes at a time, so that all of them help with the first pools
+
+
+@dataclass(frozen=True)
+class PoolMemory:
+    """Room for some pools.
+
+    Attributes:
+        values: by array name, [slots * slot_rows, *grid]; `row` holds the rows' numbers.
+        order: int64 [slots, slot_rows]: for each place of a pool, the index in `values`.
+    """
+
+    values: Mapping[str, np.ndarray[Any, Any]]
+    order: Integers
+
+    @classmethod
+    def allocate(
+        cls, slots: int, slot_rows: int, arrays: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]
+    ) -> PoolMemory:
+        """Takes the memory; the system gives it page by page as it is filled.
+
+        Args:
+            slots: how many pools.
+            slot_rows: of how many rows each.
+            arrays: by name, shape of a row and dtype.
+        """
+        values = {name: np.empty((slots * slot_rows, *grid), dtype) for name, (grid, dtype) in arrays.items()}
+        return cls(values, np.empty((slots, slot_rows), np.int64))
+
+
+def lanes_read(lanes: int, stride: int) -> int:
+    """How many lanes a rank reads, of `stride` ranks."""
+    return lanes // gcd(lanes, stride)
+
+
+class EpochReader:
+    """The rows of an epoch that are one rank's: those at the places start, start + stride, start + 2 * stride, ... of its order."""
+
+    def __init__(
+        self, order: EpochOrder, readers: Mapping[str, RowReader], memory: PoolMemory, executor: Executor, start: int, stride: int,
+    ) -> None:  # fmt: skip
+        """Begins to fill the first pools.
+
+        Args:
+            order: of the epoch.
+            readers: by array name.
+            memory: room for `lanes_read` pools, and for one more at least; nobody else uses it.
+            executor: threads that read.
+            start: the first place.
+            stride: number of ranks.
+        """
+        self._order, self._readers, self._memory, self._executor = order, readers, memory, executor
+        self._place, self._stride = start, stride
+        slots, self._slot_rows = memory.order.shape
+        self._free = list(range(slots))
+        self._slot_of = np.zeros((order.lanes, slots), np.int64)  # by lane, and by number of the pool modulo slots
+        self._filling: deque[tuple[int, list[Future[None]]]] = deque()  # (first place, what is still being read)
+        self._in_use: list[tuple[int, int]] = []  # a heap of (last place, slot)
+        self._upcoming: list[tuple[int, int, int]] = []  # a heap of (first place, lane, pool), one for each lane
+        first_places = range(start, min(start + stride * order.lanes, order.num_rows), stride)
+        for lane in sorted({place % order.lanes for place in first_places}):
+            place = start + (lane - start) % order.lanes  # the first of this lane from `start` on
+            self._announce(lane, int(order.locate(np.array([place]))[1][0]))
+        self._fill_ahead()
+
+    def take(self, out: Mapping[str, np.ndarray[Any, Any]]) -> None:
+        """Gives the next n rows, of which there must be as many.
+
+        Args:
+            out: by array name and for `row`, arrays [n, *grid] to be filled.
+
+        Raises:
+            CodesError: something could not be read.
+        """
+        places = self._place + self._stride * np.arange(len(out["row"]))
+        lanes, pools, inside = self._order.locate(places)
+        done = 0
+        while done < len(places):
+            self._fill_ahead()
+            unready = self._upcoming[0][0] if self._upcoming else self._order.num_rows
+            stop = int(np.searchsorted(places, unready))
+            assert stop > done, "no memory for the next pool"
+            self._wait_for(int(places[stop - 1]))
+            slots = self._slot_of[lanes[done:stop], pools[done:stop] % len(self._memory.order)]
+            index = self._memory.order[slots, inside[done:stop]]
+            for name, array in out.items():
+                np.take(self._memory.values[name], index, axis=0, out=array[done:stop], mode="clip")
+            done = stop
+            self._place = int(places[stop - 1]) + self._stride
+        self._fill_ahead()
+
+    def _wait_for(self, place: int) -> None:
+        """Waits until all pools that begin up to a place are filled."""
+        while self._filling and self._filling[0][0] <= place:
+            for piece in self._filling.popleft()[1]:
+                piece.result()
+
+    def drain(self) -> None:
+        """Waits for what is still being read, so that the memory can be used again."""
+        for _, pieces in self._filling:
+            wait(pieces)
+
+    def _announce(self, lane: int, pool: int) -> None:
+        start, stop = self._order.pool_bounds(lane, pool)
+        if start < stop:
+            heapq.heappush(self._upcoming, (start * self._order.lanes + lane, lane, pool))
+
+    def _fill_ahead(self) -> None:
+        """Frees what lies behind the next place, and begins to fill as many of the next pools as there is room for."""
+        self._wait_for(self._place - 1)  # also for pools of which no row was ours: their memory is next
+        while self._in_use and self._in_use[0][0] < self._place:
+            self._free.append(heapq.heappop(self._in_use)[1])
+        while self._free and self._upcoming:
+            first_place, lane, pool = heapq.heappop(self._upcoming)
+            slot = self._free.pop()
+            self._slot_of[lane, pool % len(self._memory.order)] = slot
+            _, stop = self._order.pool_bounds(lane, pool)
+            heapq.heappush(self._in_use, ((stop - 1) * self._order.lanes + lane, slot))
+            self._filling.append((first_place, self._fill(lane, pool, slot)))
+            self._announce(lane, pool + 1)
+
+    def _fill(self, lane: int, pool: int, slot: int) -> list[Future[None]]:
+        rows = self._order.rows_of(lane, pool)
+        first = slot * self._slot_rows
+        self._memory.values["row"][first : first + len(rows)] = rows
+        tasks = [self._executor.submit(self._permute, lane, pool, slot)]
+        for start, stop in self._pieces(rows):
+            tasks.append(self._executor.submit(self._read, rows[start:stop], first + start))
+        return tasks
+
+    def _permute(self, lane: int, pool: int, slot: int) -> None:
+        order = self._order.permutation_of(lane, pool)
+        self._memory.order[slot, : len(order)] = order + slot * self._slot_rows
+
+    def _pieces(self, rows: Integers) -> list[tuple[int, int]]:
+        """Cuts rows between blocks, into pieces of about PIECE_BYTES."""
+        row_bytes = sum(array[:1].nbytes for array in self._memory.values.values())
+        ends = np.append(np.flatnonzero(np.diff(rows // self._order.blocks.block_rows)) + 1, len(rows))
+        wanted = np.arange(0, len(rows), max(1, PIECE_BYTES // row_bytes))
+        cuts = np.unique(np.append(ends[np.searchsorted(ends, wanted[1:])], [0, len(rows)]))
+        return list(pairwise(cuts.tolist()))
+
+    def _read(self, rows: Integers, first: int) -> None:
+        for name, reader in self._readers.items():
+            reader.read(rows, self._memory.values[name][first : first + len(rows)])

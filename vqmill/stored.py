@@ -1,0 +1,175 @@
+"""Opens a stored array: nothing of it is believed before its metadata is what the store's own says that it must be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from vqmill.chunks import ChunkLayout
+from vqmill.errors import CodesError
+from vqmill.files import JsonValue
+from vqmill.layout import LABEL, shard_file
+from vqmill.reader import ChunkSource, ShardedArray
+from vqmill.spec import LABEL_FILL, LevelSpec, StoreSpec
+
+MAX_ARRAY_METADATA_BYTES = 1024 * 1024
+KNOWN_CODECS = (
+    "bytes",
+    "blosc",
+    "zstd",
+    "crc32c",
+    "sharding_indexed",
+)  # of the core Zarr v3 specification; others are not read
+
+
+def stored_array(root: Path, spec: StoreSpec, level: LevelSpec | None) -> ChunkSource:
+    """Gives access to an array's chunks; reads its metadata and nothing else.
+
+    Args:
+        root: the store's folder.
+        spec: the store's specification.
+        level: which level; None for the labels.
+
+    Raises:
+        CodesError: the metadata is missing, damaged, or not that of the array which the specification names.
+    """
+    name, dtype, grid, fill = _expected(level)
+    metadata = _read(root, name)
+    wrong = list(_differences(metadata, spec, dtype, grid, fill))
+    if wrong:
+        raise CodesError(
+            f"{root}: array '{name}' is not stored as zarr.json says: {'; '.join(wrong)} (docs/format.md). Restore the store's metadata from a copy."
+        )
+    layout = _own_layout(metadata["codecs"], spec.rows_per_shard, dtype, grid)
+    if layout is None:
+        return ZarrArray(root, name, spec.num_rows, grid, dtype)
+    return ShardedArray(root, lambda shard: shard_file(name, shard, len(grid)), layout)
+
+
+class ZarrArray:
+    """Chunks of an array whose codecs are known but arranged otherwise than our writers do it: read by zarr-python, slowly and rightly."""
+
+    def __init__(self, root: Path, name: str, num_rows: int, grid: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        import zarr
+        from zarr.storage import LocalStore
+
+        try:
+            files = LocalStore(root, read_only=True)
+            self._array = zarr.open_array(files, path=name, mode="r", zarr_format=3)  # pyright: ignore[reportUnknownMemberType]
+        except Exception as error:  # zarr has no common error for damaged metadata: also Type, Attribute, Recursion
+            raise CodesError(f"{root}: array '{name}' cannot be opened ({error}). See: vqmill verify {root}") from error
+        self._num_rows, self.dtype = num_rows, dtype
+        self.chunk_shape = (self._array.chunks[0], *grid)
+
+    def read_chunk(self, chunk: int, out: np.ndarray[Any, Any]) -> None:
+        """See `reader.ChunkSource`."""
+        first = chunk * len(out)
+        try:
+            values = np.asarray(self._array[first : min(first + len(out), self._num_rows)])
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CodesError(str(error)) from error
+        out[: len(values)] = values
+
+
+def _expected(level: LevelSpec | None) -> tuple[str, np.dtype[Any], tuple[int, ...], int]:
+    if level is None:
+        return LABEL, np.dtype(np.int64), (), LABEL_FILL
+    return level.name, level.dtype, level.grid, level.fill_value
+
+
+def _read(root: Path, name: str) -> dict[str, Any]:
+    path = root / name / "zarr.json"
+    try:
+        if path.stat().st_size > MAX_ARRAY_METADATA_BYTES:
+            raise ValueError(f"{path.stat().st_size:,} bytes, expected at most {MAX_ARRAY_METADATA_BYTES:,}")
+        metadata: JsonValue = json.loads(path.read_bytes())
+        if not isinstance(metadata, dict):
+            raise ValueError("expected an object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise CodesError(
+            f"{root}: array '{name}' cannot be opened: {path}: {error}. See: vqmill verify {root}"
+        ) from error
+    return metadata
+
+
+def _differences(
+    metadata: dict[str, Any], spec: StoreSpec, dtype: np.dtype[Any], grid: tuple[int, ...], fill: int
+) -> list[str]:
+    expected: dict[str, JsonValue] = {
+        "zarr_format": 3,
+        "node_type": "array",
+        "data_type": dtype.name,
+        "fill_value": fill,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [spec.rows_per_shard, *grid]}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+    }
+    wrong = [
+        f"{key} is {_short(metadata.get(key))}, expected {_short(value)}"
+        for key, value in expected.items()
+        if metadata.get(key) != value
+    ]
+    if metadata.get("storage_transformers"):
+        wrong.append("storage transformers are not read")
+    shape: JsonValue = metadata.get("shape")
+    match shape:
+        case [int(rows), *others] if rows >= spec.num_rows and others == list(grid):
+            pass
+        case _:
+            wrong.append(f"shape is {_short(shape)}, expected [{spec.num_rows} or more, {', '.join(map(str, grid))}]")
+    foreign: list[str] = sorted(set(_codec_names(metadata.get("codecs"))) - set(KNOWN_CODECS))
+    if foreign or not metadata.get("codecs"):
+        wrong.append(f"codecs {_short([*foreign])} are not read, only {', '.join(KNOWN_CODECS)}")
+    return wrong
+
+
+def _codec_names(codecs: Any) -> list[str]:
+    """Names of all codecs, those inside others among them; what is no codec gives a name that is not known."""
+    if not isinstance(codecs, list):
+        return ["?"]
+    names: list[str] = []
+    for codec in cast("list[Any]", codecs):
+        match codec:
+            case {"name": str(name)}:
+                names.append(name)
+            case _:
+                names.append("?")
+        match codec:
+            case {"configuration": {"codecs": inner, "index_codecs": index}}:
+                names += [*_codec_names(inner), *_codec_names(index)]
+            case _:
+                pass
+    return names
+
+
+def _own_layout(codecs: Any, rows_per_shard: int, dtype: np.dtype[Any], grid: tuple[int, ...]) -> ChunkLayout | None:
+    """The layout of chunks, when they are arranged as docs/format.md says; None when not."""
+    crc, little = {"name": "crc32c"}, {"name": "bytes", "configuration": {"endian": "little"}}
+    match codecs:
+        case [
+            {
+                "name": "sharding_indexed",
+                "configuration": {
+                    "chunk_shape": [int(rows), *inner_grid],
+                    "codecs": [order, {"name": "blosc" | "zstd" as compressor}, inner_crc],
+                    "index_codecs": [index_order, index_crc],
+                    "index_location": "end",
+                },
+            }
+        ] if (  # fmt: skip
+            0 < rows <= rows_per_shard
+            and rows_per_shard % rows == 0
+            and inner_grid == list(grid)
+            and (order == little or (dtype.itemsize == 1 and order == {"name": "bytes"}))
+            and (inner_crc, index_order, index_crc) == (crc, little, crc)
+        ):
+            return ChunkLayout((rows, *grid), dtype, rows_per_shard // rows, compressor)
+        case _:
+            return None
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 80 else text[:77] + "..."
