@@ -25,6 +25,7 @@ SECTIONS: dict[str, Section] = {
     "epoch": loading.epoch,
     "resident": loading.resident,
     "variance": shuffling.variance,
+    "decode": reading.decode,
     "rows": reading.rows,
     "scale": scale.scale,
     "entropy": entropy.bits,

@@ -109,20 +109,6 @@ class Peer:
         return json.loads(answer)
 
 
-def fastest(name: str, rows: Path, folder: Path) -> Peer:
-    """A peer's loader with as many worker processes as make it fastest, after an epoch to warm up."""
-    peers = [Peer(name, rows, folder, workers) for workers in WORKERS]
-    seconds = []
-    for peer in peers:
-        peer.epoch()
-        seconds.append(peer.epoch())
-    best = peers[int(np.argmin(seconds))]
-    for peer in peers:
-        if peer is not best:
-            peer.__exit__(None, None, None)
-    return best
-
-
 def _litdata_batches(rows: Array, folder: Path, workers: int, chunk_rows: int) -> Iterable[Array]:
     from litdata import StreamingDataLoader, StreamingDataset, TokensLoader
     from litdata.streaming.writer import BinaryWriter

@@ -20,6 +20,7 @@ from benchmarks.measure import Line, medians, speed
 from benchmarks.peers import BATCH
 from benchmarks.stores import ROWS_PER_SHARD, draw_codes, store_spec
 from vqmill import layout
+from vqmill.loader import CodeBatches
 from vqmill.spec import LevelSpec
 
 SIZES = (10**5, 10**7, 10**9)
@@ -51,12 +52,12 @@ def _place_for_many_files(folder: Path) -> Path:
 def _works() -> dict[str, Callable[[Path], Callable[[], object]]]:
     """What is timed on a store, by its title."""
 
-    def batches(path: Path) -> vqmill.loader.CodeBatches:
+    def batches(path: Path) -> CodeBatches:
         return vqmill.open_codes(path).batches(BATCH, shuffle=True)
 
     def resumed(path: Path) -> Callable[[], object]:
         loader = batches(path)
-        state = loader.state_dict() | {"global_batches": len(loader) // 2}
+        state = loader.state_dict() | {"place": len(loader) // 2 * BATCH}
 
         def run() -> object:
             again = batches(path)
