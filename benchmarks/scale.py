@@ -3,7 +3,8 @@
 The stores claim 10^5, 10^7 and 10^9 rows of [32, 32] uint16, in Zarr shards of 4,096 rows, as ours have by default (2 TB of raw codes). They
 are sparse in this sense: every Zarr shard is there under its name, but all are hard links to a few files with the same rows. So their
 number, their names, the chunks to be put in order and the work of reading one are those of a real store; only the disk space is not.
-Commit records and tables of samples are left out: neither opening nor loading reads them.
+Commit records and tables of samples are left out: neither opening nor loading reads them. Of the smallest store, half an epoch is less than a
+default pool, so that a loader resumed there has less to read; compare 10^7 with 10^9.
 """
 
 from __future__ import annotations
