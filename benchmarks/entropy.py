@@ -1,6 +1,8 @@
 """Bits that a code takes on the disk, against the order-0 entropy of codes that a really trained tokenizer gave.
 
 Codes drawn at random would tell nothing: what compresses below their order-0 entropy is structure, and only real codes have it.
+Generated scenes are no stand-in for photographs: four painters repeat themselves, so that plain zstd, which finds repeated runs of codes,
+takes about half their entropy, while on CIFAR-10 it takes more than the entropy. Quote figures of real pictures.
 """
 
 from __future__ import annotations
