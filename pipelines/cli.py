@@ -16,7 +16,7 @@ from cyclopts import App, Parameter
 import vqmill
 from pipelines.errors import RunFailed
 from pipelines.memory import keep_freed_memory
-from pipelines.options import Common, Device, FitFlags, Precision
+from pipelines.options import Codec, Common, Device, FitFlags, Precision
 from pipelines.results import FAILED, USAGE, Result, plain_console, printable
 from vqmill.errors import CodesError, UsageError
 
@@ -65,12 +65,13 @@ def train_tokenizer(
 @app.command
 def tokenize(
     corpus: str, /, *, tokenizer: Path, out: Path, size: int | None = None, workers: int | None = None, batch_size: int = 32,
-    shard_rows: int | None = None, precision: Precision = "fp32", device: Device = "auto",
+    shard_rows: int | None = None, codec: Codec = "auto", precision: Precision = "fp32", device: Device = "auto",
     dry_run: Annotated[bool, Parameter(negative="")] = False, common: Common = Common(),
 ) -> int:  # fmt: skip
     """Send a corpus through a tokenizer into a code store.
 
-    Any number of workers gives the same bytes. Stopped jobs, killed ones too, go on when the same command is given.
+    Any number of workers gives the same bytes. Stopped jobs, killed ones too, go on when the same command is given. A corpus that has
+    grown is appended: give the command again, with the new tars or files sorted behind the old ones.
 
     Args:
         corpus: a folder of images, quoted tar shards, or torchvision:NAME?root=DIR.
@@ -79,7 +80,8 @@ def tokenize(
         size: side in pixels that images are resized and cropped to; the tokenizer's training size if not given.
         workers: encoder processes; one for each core, or GPU, if not given.
         batch_size: images encoded at once.
-        shard_rows: rows of a Zarr shard, the unit of commit; 4,096 at most if not given.
+        shard_rows: rows of a Zarr shard, the unit of commit; 4,096 at most if not given. Raised a little when it divides badly.
+        codec: how chunks are compressed; auto takes the smallest on the first Zarr shard.
         precision: bf16 is faster on GPUs and changes some codes; recorded in the store.
         device: auto takes GPUs if there are any.
         dry_run: say what would be done and how large it would be, and stop.
@@ -87,8 +89,8 @@ def tokenize(
     from pipelines.tokenize_command import tokenize as job
 
     return _run(common, lambda: job(
-        corpus, tokenizer, out, size=size, workers=workers, batch_size=batch_size, shard_rows=shard_rows, precision=precision,
-        device=device, dry_run=dry_run,
+        corpus, tokenizer, out, size=size, workers=workers, batch_size=batch_size, shard_rows=shard_rows, codec=codec,
+        precision=precision, device=device, dry_run=dry_run,
     ))  # fmt: skip
 
 
@@ -107,17 +109,94 @@ def inspect(path: str, /, *, common: Common = Common()) -> int:
 
 
 @app.command
-def verify(store: Path, /, *, common: Common = Common()) -> int:
+def verify(
+    store: Path, /, *, quick: Annotated[bool, Parameter(negative="")] = False, common: Common = Common()
+) -> int:  # fmt: skip
     """Read every byte of a code store: checksums, code ranges, rows, commits.
 
-    Exit code 1 when anything is wrong; each problem is named with its place.
+    Each problem is named with its place (level, Zarr shard, rows, input shards) and what to do. Exit code 1 when anything is wrong, or
+    the store is unfinished.
 
     Args:
         store: the code store.
+        quick: read metadata and commit records only, and see that every file is there with its size.
     """
-    from pipelines.inspect import verify as job
+    from pipelines.check import verify as job
 
-    return _run(common, lambda: job(store))
+    return _run(common, lambda: job(store, quick=quick))
+
+
+@app.command
+def repair(
+    store: Path, /, *, dry_run: Annotated[bool, Parameter(negative="")] = False, common: Common = Common()
+) -> int:  # fmt: skip
+    """Mend what can be mended in a code store, and say which command does the rest.
+
+    Verifies the store first. Leftovers are removed, metadata is written anew, a lost tail is given up, and damaged files are removed, so
+    that the tokenize command that made the store makes them again. Exit code 0 when the store is whole afterwards, 1 when more is to be
+    done.
+
+    Args:
+        store: the code store.
+        dry_run: say what would be done, and do nothing.
+    """
+    from pipelines.check import repair as job
+
+    return _run(common, lambda: job(store, dry_run=dry_run))
+
+
+@app.command
+def merge(
+    *stores: Path, out: Path, shard_rows: int | None = None, codec: Codec = "auto", common: Common = Common()
+) -> int:
+    """Make one code store of several that the same tokenizer made, without encoding anything again.
+
+    The rows of the first store come first, then those of the second, and so on; samples and quarantine lines come along as they are.
+
+        vqmill merge 2023.zarr 2024.zarr --out both.zarr
+
+    Levels, tokenizer, preset, precision, preprocessing and class names must be the same: a difference is shown and refused. Stopped
+    copies, killed ones too, go on when the same command is given. One store alone is cut or compressed anew:
+
+        vqmill merge codes.zarr --out recut.zarr --shard-rows 1024 --codec blosc-lz4
+
+    Args:
+        stores: finished code stores, in the order in which their rows are wanted.
+        out: the store to make.
+        shard_rows: rows of a Zarr shard, the unit of commit; as in the stores if they agree, else 4,096 at most. Raised a little when it
+            divides badly.
+        codec: how codes are compressed; as in the stores if they agree, else auto takes the smallest on the first Zarr shard.
+    """
+    from pipelines.copy_command import merge as job
+
+    return _run(common, lambda: job(list(stores), out, shard_rows=shard_rows, codec=codec))
+
+
+@app.command(name="slice")
+def slice_store(
+    store: Path, /, *, out: Path, rows: str | None = None, label: Annotated[list[int] | None, Parameter(negative="")] = None,
+    shard_rows: int | None = None, codec: Codec = "auto", common: Common = Common(),
+) -> int:  # fmt: skip
+    """Make a code store of some rows of another, without encoding anything again.
+
+    Rows keep their order. With both filters, the rows in the range that have one of the labels are taken.
+
+        vqmill slice codes.zarr --out first.zarr --rows 0:10000
+        vqmill slice codes.zarr --out shoes.zarr --label 5 --label 7
+
+    Quarantine lines stay behind: they are of samples without rows. Stopped copies, killed ones too, go on when the same command is given.
+
+    Args:
+        store: a finished code store.
+        out: the store to make.
+        rows: START:STOP, which rows to take; either side may be left out.
+        label: a class number whose rows to take, -1 for rows without a label; may be given several times.
+        shard_rows: rows of a Zarr shard, the unit of commit; as in the store if not given. Raised a little when it divides badly.
+        codec: how codes are compressed; auto takes what the store has.
+    """
+    from pipelines.copy_command import slice_store as job
+
+    return _run(common, lambda: job(store, out, rows=rows, labels=label, shard_rows=shard_rows, codec=codec))
 
 
 @app.command

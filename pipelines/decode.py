@@ -13,7 +13,7 @@ from pipelines.corpus.decoding import decode_sample
 from pipelines.corpus.images import Preprocessing
 from pipelines.corpus.plan import Plan, plan_corpus
 from pipelines.corpus.samples import read_samples
-from pipelines.options import choose_device
+from pipelines.options import choose_device, row_range
 from pipelines.pictures import (
     Panel,
     Pixels,
@@ -125,9 +125,9 @@ def original_images(plan: Plan, codes: Codes, rows: range, size: int, channels: 
 
 
 def _plan_of(codes: Codes, corpus: str) -> Plan:
-    plan = plan_corpus(corpus)
-    known = [segment.plan for segment in codes.spec.segments]
-    if plan.digest not in known:
+    segments = codes.spec.segments
+    plan = plan_corpus(corpus).cut_at([segment.num_samples for segment in segments])
+    if not segments or plan.digest != segments[-1].plan:
         raise UsageError(
             f"--originals {corpus}: not the corpus that {codes.path} was made from ({codes.spec.corpus.get('description')})."
         )
@@ -135,12 +135,7 @@ def _plan_of(codes: Codes, corpus: str) -> Plan:
 
 
 def _row_range(text: str, number: int) -> tuple[int, int]:
-    start, colon, stop = text.partition(":")
-    if not colon or not all(part.isdecimal() or not part for part in (start, stop)):
-        raise UsageError(f"--rows {text!r}: expected START:STOP, for example 0:64.")
-    first, last, _ = slice(int(start or 0), int(stop) if stop else None).indices(number)
-    if first >= last:
-        raise UsageError(f"--rows {text}: no rows there; the store has rows 0:{number}.")
-    if last - first > MAX_ROWS:
-        raise UsageError(f"--rows {text}: {last - first:,} rows in one picture; ask for at most {MAX_ROWS:,}.")
-    return first, last
+    rows = row_range(text, number)
+    if len(rows) > MAX_ROWS:
+        raise UsageError(f"--rows {text}: {len(rows):,} rows in one picture; ask for at most {MAX_ROWS:,}.")
+    return rows.start, rows.stop

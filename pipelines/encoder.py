@@ -18,9 +18,9 @@ from pipelines.corpus.images import Decoded, Preprocessing
 from pipelines.corpus.plan import InputShard
 from pipelines.corpus.problems import BadImage
 from pipelines.corpus.samples import RawSample, SampleRef, list_samples, load_sample
+from vqmill.commits import Counts
 from vqmill.spec import dtype_for
 from vqmill.tables import QUARANTINE_SCHEMA, SAMPLES_SCHEMA
-from vqmill.writer import Counts
 
 SPAN_SAMPLES = 256  # what is sent to the store at a time, and what a resume may have to encode again
 PADDED_SIZES = (1, 8, 32)  # the last batch of a span is padded to the next of these, so that few shapes are ever run
@@ -84,9 +84,10 @@ class SpanEncoder:
         self._dtype = dtype_for(self._tokenizer.config.codebook_size)  # int64 would weigh four to eight times as much
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
 
-    def spans(self, shard: InputShard, first_span: int = 0) -> Iterator[Span]:
-        """Encodes an input shard from a span on. The next span is decoded while this one is encoded."""
-        refs = list_samples(shard, start=first_span * SPAN_SAMPLES)
+    def spans(self, shard: InputShard, first_span: int = 0, stop_span: int | None = None) -> Iterator[Span]:
+        """Encodes an input shard from a span on, to its end or up to another span. The next span is decoded while this one is encoded."""
+        wanted = None if stop_span is None else (stop_span - first_span) * SPAN_SAMPLES
+        refs = islice(list_samples(shard, start=first_span * SPAN_SAMPLES), wanted)
         upcoming = self._decode_next(shard, refs)
         index = first_span
         while upcoming:

@@ -1,4 +1,4 @@
-"""The commands `inspect` and `verify`: what something is, and whether it is whole."""
+"""The command `inspect`: what something is."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pipelines.check import usage_lines
 from pipelines.corpus.decoding import decode_sample
 from pipelines.corpus.images import Decoded, Preprocessing
 from pipelines.corpus.plan import Plan
@@ -16,11 +17,11 @@ from pipelines.corpus.problems import BadImage
 from pipelines.corpus.samples import RawSample, read_samples
 from pipelines.planning import planned
 from pipelines.progress import meter
-from pipelines.results import FAILED, OK, QUARANTINED, Result
+from pipelines.results import OK, QUARANTINED, Result
 from vqmill.layout import commit_file, read_spec
 from vqmill.spec import MISSING_LABEL, StoreSpec
 from vqmill.store import Codes
-from vqmill.verify import Verification, perplexity, verify_store
+from vqmill.usage import CodeUsage
 from vqmill.writer import Commit, Counts
 
 PROBE_SIZE = 32  # what images are decoded to when only their health is of interest
@@ -40,58 +41,18 @@ def inspect(path: str) -> Result:
     return _inspect_corpus(planned(path))
 
 
-def verify(store: Path) -> Result:
-    """Runs the command; see `vqmill verify --help`."""
-    skipped = sum(dict(read_spec(store).corpus.get("skipped", {})).values())
-    with meter("verifying", "Zarr shards") as show:
-        found = verify_store(store, show)
-    counts = found.counts + Counts(skipped=skipped)
-    lines = [f"PROBLEM {problem}" for problem in found.problems]
-    lines.append(
-        f"{store}: {found.rows:,} rows, {found.bytes_read / 1e6:,.1f} MB read; seen {counts.seen:,} = encoded {counts.encoded:,} + "
-        f"quarantined {counts.quarantined:,} + skipped {counts.skipped:,}"
-    )
-    spec = read_spec(store)
-    if not spec.complete:
-        lines.append("unfinished: samples of a span that is half committed are counted when the rest of it is")
-    if not found.problems:
-        lines += _usage_lines(Codes(store, spec), found)
-    lines.append(f"{len(found.problems)} problems" if found.problems else "every checksum, code and row is right")
-    facts = {
-        "store": str(store),
-        "problems": list(found.problems),
-        "used_codes": found.used_codes,
-        "perplexity": found.perplexity,
-    }
-    result = Result(lines, counts, found.rows, facts, quarantine=str(store / "quarantine"))
-    if found.problems:
-        result.code = FAILED
-    return result
-
-
-def _usage_lines(codes: Codes, found: Verification) -> list[str]:
-    return [
-        f"level {level.name}: {'x'.join(map(str, level.grid))} {level.dtype}, {found.used_codes[level.name]} of {level.codebook_size} "
-        f"codes used ({found.used_codes[level.name] / level.codebook_size:.1%}), perplexity {found.perplexity[level.name]:.1f}"
-        for level in codes.spec.levels
-    ]
-
-
 def _inspect_store(path: Path) -> Result:
     codes = Codes(path, read_spec(path))
     spec = codes.spec
-    histograms = {level.name: np.zeros(level.codebook_size, np.int64) for level in spec.levels}
+    usage = {level.name: CodeUsage(level.codebook_size) for level in spec.levels}
     total = len(codes) * len(spec.levels)
     with meter("reading codes", "rows") as show:
         for number, level in enumerate(spec.levels):
             for first in range(0, len(codes), BLOCK_ROWS):
-                rows = codes[level.name][first : first + BLOCK_ROWS].reshape(-1)
-                histograms[level.name] += np.bincount(rows, minlength=level.codebook_size)
+                usage[level.name].add(codes[level.name][first : first + BLOCK_ROWS])
                 show(number * len(codes) + min(len(codes), first + BLOCK_ROWS), total)
-    used = {name: int(np.count_nonzero(histogram)) for name, histogram in histograms.items()}
-    found = Verification(
-        len(codes), Counts(), 0, used, {name: perplexity(histogram) for name, histogram in histograms.items()}
-    )
+    used = {name: found.used for name, found in usage.items()}
+    spread = {name: found.perplexity for name, found in usage.items()}
     disk = sum(file.stat().st_size for level in codes.levels for file in (path / level).rglob("*") if file.is_file())
     raw = len(codes) * spec.row_bytes
     labels = codes.labels
@@ -102,7 +63,7 @@ def _inspect_store(path: Path) -> Result:
         f"{path}: a code store, {state}: {len(codes):,} rows in {spec.num_commits} Zarr shards of {spec.rows_per_shard:,}",
         _origin(spec),
         f"{labelled:,} rows with labels, {len(np.unique(labels[labels != MISSING_LABEL]))} classes",
-        *_usage_lines(codes, found),
+        *usage_lines(spec, used, spread),
         f"codes on disk: {disk / 1e6:,.2f} MB, {raw / max(disk, 1):.2f} times smaller than raw {raw / 1e6:,.2f} MB",
         f"quarantined: {quarantine.num_rows:,} samples"
         + (f", in {path / 'quarantine'}" if quarantine.num_rows else ""),
@@ -115,7 +76,7 @@ def _inspect_store(path: Path) -> Result:
         "kind": "store",
         "complete": spec.complete,
         "used_codes": used,
-        "perplexity": found.perplexity,
+        "perplexity": spread,
         "disk_bytes": disk,
         "raw_bytes": raw,
     }

@@ -12,6 +12,7 @@ from vqmill.errors import UsageError
 
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["fp32", "bf16"]
+Codec = Literal["auto", "blosc-zstd", "blosc-lz4", "zstd"]
 
 
 @Parameter(name="*")
@@ -68,3 +69,25 @@ def default_workers(device: str) -> int:
     import torch
 
     return torch.cuda.device_count() if device == "cuda" else os.cpu_count() or 1
+
+
+def row_range(text: str, number: int) -> range:
+    """Resolves `--rows START:STOP` in a store; either side may be left out.
+
+    >>> row_range("8:", 10)
+    range(8, 10)
+
+    Args:
+        text: what was typed.
+        number: rows of the store.
+
+    Raises:
+        UsageError: not of this form, or no rows there.
+    """
+    start, colon, stop = text.partition(":")
+    if not colon or not all(part.isdecimal() or not part for part in (start, stop)):
+        raise UsageError(f"--rows {text!r}: expected START:STOP, for example 0:64.")
+    first, last, _ = slice(int(start or 0), int(stop) if stop else None).indices(number)
+    if first >= last:
+        raise UsageError(f"--rows {text}: no rows there; the store has rows 0:{number}.")
+    return range(first, last)

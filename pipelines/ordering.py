@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Generic, TypeVar
 
-from vqmill.writer import Counts, Cursor
+from vqmill.commits import Counts, Cursor
 
 Payload = TypeVar("Payload")
 
@@ -39,12 +40,17 @@ class ShardCutter(Generic[Payload]):
     cursor names the next row. A span's quarantine rows and counts belong to the shard that holds the span's end.
     """
 
-    def __init__(self, rows_per_shard: int, first_shard: int = 0, cursor: Cursor | None = None) -> None:
-        """Begins at a commit's cursor, or at the beginning."""
+    def __init__(self, rows_per_shard: int, opened: ShardJob[Payload], start: Cursor) -> None:
+        """Begins at a commit's cursor, or at the beginning.
+
+        Args:
+            rows_per_shard: rows of a full Zarr shard.
+            opened: the first Zarr shard that is given; it may hold rows and counts already, of a commit that is opened again.
+            start: where the spans begin.
+        """
         self._rows_per_shard = rows_per_shard
-        self._start = cursor or Cursor()
-        self._job: ShardJob[Payload] = ShardJob(first_shard)
-        self._first_shard = first_shard
+        self._start = start
+        self._opened = self._job = opened
 
     def add(
         self, input_shard: int, span: int, rows: int, counts: Counts, payload: Payload
@@ -68,8 +74,8 @@ class ShardCutter(Generic[Payload]):
                 return
 
     def finish(self, input_shards: int) -> Iterator[ShardJob[Payload]]:
-        """Gives the last, ragged Zarr shard, if there is one."""
-        if self._job.pieces:
+        """Gives the last, ragged Zarr shard, if there is one, and the opened one in any case."""
+        if self._job.pieces or (self._job is self._opened and self._job.rows + self._job.counts.seen):
             yield self._cut(Cursor(input_shards, 0, 0))
 
     def _cut(self, cursor: Cursor) -> ShardJob[Payload]:
@@ -77,3 +83,17 @@ class ShardCutter(Generic[Payload]):
         job.cursor = cursor
         self._job = ShardJob(job.shard + 1)
         return job
+
+
+def contiguous(shards: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Runs of consecutive numbers in sorted ones, as (first, last).
+
+    >>> list(contiguous([1, 2, 3, 7]))
+    [(1, 3), (7, 7)]
+    """
+    first = None
+    for number, following in zip_longest(shards, shards[1:]):
+        first = number if first is None else first
+        if following != number + 1:
+            yield first, number
+            first = None

@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import ray
+from ray.exceptions import RayError, RayTaskError
 
+from pipelines.assembly import Order, SpanFacts, Written, carry_out
 from pipelines.corpus.images import Preprocessing
 from pipelines.corpus.plan import InputShard
 from pipelines.encoder import Encoding, Span, SpanEncoder, describe_device
-from vqmill.spec import StoreSpec
-from vqmill.writer import Counts, write_shard
-
-
-@dataclass(frozen=True)
-class SpanFacts:
-    """What the driver needs to know of a span; the codes themselves stay in the object store."""
-
-    index: int
-    rows: int
-    counts: Counts
+from pipelines.errors import RunFailed
+from vqmill.errors import CodesError
 
 
 @ray.remote(max_restarts=0)
@@ -39,25 +28,46 @@ class EncoderActor:
         """See `encoder.describe_device`."""
         return describe_device(self._device)
 
-    def encode(self, shard: InputShard, first_span: int) -> Iterator[Span | SpanFacts]:
+    def encode(self, shard: InputShard, first_span: int, stop_span: int | None) -> Iterator[Span | SpanFacts]:
         """Streams each span, then its facts: facts that arrive say that the span is safely stored."""
-        for span in self._encoder.spans(shard, first_span):
+        for span in self._encoder.spans(shard, first_span, stop_span):
             yield span
             yield SpanFacts(span.index, span.samples.num_rows, span.counts)
 
 
 @ray.remote(num_cpus=0)
-def write_pieces(
-    store: Path, spec: StoreSpec, shard: int, pieces: list[tuple[int, int, bool]], *spans: Span
-) -> dict[str, dict[str, Any]]:
-    """Writes one Zarr shard from pieces (first row, stop row, whether the span's quarantine comes along) of as many spans."""
-    cut = [(span, first, stop, ends) for span, (first, stop, ends) in zip(spans, pieces, strict=True)]
-    filled = [(span, first, stop) for span, first, stop, _ in cut if stop > first]
-    codes = {
-        level.name: np.concatenate([span.codes[level.name][first:stop] for span, first, stop in filled])
-        for level in spec.levels
-        if filled
-    }
-    samples = pa.concat_tables([span.samples.slice(first, stop - first) for span, first, stop, _ in cut])
-    quarantine = pa.concat_tables([span.quarantine.slice(0, None if ends else 0) for span, _, _, ends in cut])
-    return write_shard(store, spec, shard, codes, samples, quarantine)
+def write_remotely(order: Order, *spans: Span) -> Written:
+    """See `assembly.carry_out`."""
+    return carry_out(order, *spans)
+
+
+class RayHands:
+    """Writer tasks on Ray: the `Hands` of assembly.py."""
+
+    def submit(self, order: Order, payloads: list[Any]) -> Any:
+        """Starts a task; the payloads are references to spans."""
+        return write_remotely.remote(order, *payloads)
+
+    def ready(self, handle: Any) -> bool:
+        """Whether the task has ended, well or not."""
+        return bool(ray.wait([handle], timeout=0, fetch_local=False)[0])
+
+    def collect(self, handle: Any) -> Written:
+        """Waits for the task.
+
+        Raises:
+            CodesError: what it read or was given is wrong.
+            RunFailed: it could not write.
+        """
+        try:
+            return ray.get(handle)
+        except RayTaskError as error:
+            if isinstance(error.cause, CodesError):
+                raise error.cause from error
+            raise RunFailed(
+                f"a Zarr shard could not be written: {error.cause!r}. What was committed before is safe."
+            ) from error
+        except RayError as error:
+            raise RunFailed(
+                f"a Zarr shard could not be written: {error}. What was committed before is safe."
+            ) from error

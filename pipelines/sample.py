@@ -19,6 +19,7 @@ from pipelines.results import Result
 from pipelines.tokenize_command import relative_to_store, run_file
 from vqmill.errors import CodesError, UsageError
 from vqmill.files import canonical_json, write_whole
+from vqmill.layout import smallest_codec
 from vqmill.settings import did_you_mean
 from vqmill.spec import LevelSpec, Segment, StoreSpec, default_rows_per_shard
 from vqmill.tables import QUARANTINE_SCHEMA, SAMPLES_SCHEMA
@@ -120,7 +121,7 @@ def _spec(prior: priors.Prior, settings: dict[str, Any]) -> StoreSpec:
         rows_per_shard=default_rows_per_shard(levels),
         tokenizer={"fingerprint": settings["tokenizer"]},
         corpus={"sampled": settings},
-        segments=(Segment(f"sampled from {settings['prior']}"),),
+        segments=(Segment(f"sampled from {settings['prior']}", 0, 0, 1, settings["num"]),),
     )
 
 
@@ -131,6 +132,10 @@ def _write_codes(
     with StoreWriter(path, spec) as writer:
         if writer.spec.complete:
             return
+        if writer.spec.codec is None:
+            writer.choose_codec(
+                smallest_codec(spec, {name: values[: spec.rows_per_shard] for name, values in codes.items()})
+            )
         for first in range(writer.spec.num_rows, number, spec.rows_per_shard):
             rows = range(first, min(number, first + spec.rows_per_shard))
             known = [
@@ -139,7 +144,7 @@ def _write_codes(
                 for row in rows
             ]  # fmt: skip
             files = write_shard(
-                path, spec, writer.spec.num_commits, {name: values[rows.start : rows.stop] for name, values in codes.items()},
+                path, writer.spec, writer.spec.num_commits, {name: values[rows.start : rows.stop] for name, values in codes.items()},
                 pa.Table.from_pylist(known, schema=SAMPLES_SCHEMA), QUARANTINE_SCHEMA.empty_table(),
             )  # fmt: skip
             writer.commit(len(rows), Cursor(0, 0, rows.stop), Counts(encoded=len(rows)), files)

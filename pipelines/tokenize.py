@@ -1,39 +1,34 @@
-"""Sends a corpus through a tokenizer into a code store, on Ray: any number of workers, the same bytes, resumable.
+"""Sends a corpus through a tokenizer into a code store, on Ray: any number of workers, the same bytes, resumable, appendable.
 
-Encoder actors pull input shards and stream spans of codes back in any order; the driver sees only references and row counts, cuts Zarr
-shards in corpus order, has writer tasks write them, and commits them one after the other.
+Encoder actors pull input shards and stream spans of codes back in any order (spans.py); the driver sees only references and row counts,
+cuts Zarr shards in corpus order, has writer tasks write them, and commits them one after the other (assembly.py).
 """
 
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import tokenizer
+from pipelines.assembly import ArrivedSpan, extend, mend
 from pipelines.cluster import ray_cluster
 from pipelines.corpus.images import Preprocessing
 from pipelines.corpus.plan import Plan
-from pipelines.encoder import SPAN_SAMPLES, Encoding, describe_device
+from pipelines.encoder import Encoding, describe_device
 from pipelines.errors import RunFailed
-from pipelines.ordering import ShardCutter, ShardJob
+from pipelines.growth import grows, require_same_job, stages
 from pipelines.outputs import require_room
+from pipelines.spans import Encoders
+from vqmill.commits import Counts, Cursor
 from vqmill.layout import read_spec
-from vqmill.spec import LevelSpec, Segment, StoreSpec, default_rows_per_shard
+from vqmill.spec import LevelSpec, Segment, StoreSpec, default_rows_per_shard, usable_rows_per_shard
 from vqmill.store import open_codes
-from vqmill.writer import Counts, StoreWriter
-
-if TYPE_CHECKING:
-    from pipelines.remote import SpanFacts
+from vqmill.writer import StoreWriter
 
 SAMPLE_BYTES = 256  # what a row of the samples table takes on the disk without long captions
-WINDOW = 4  # input shards in flight for each actor: bounds what waits for its turn
-MAX_WAITING_SPANS = 64  # of an input shard whose turn has not come; beyond, its actor is left to wait
-MAX_WRITES = 4  # Zarr shards being written at a time
-MAX_DEATHS = 3  # a span that killed its actor so often stops the job
 
 
 @dataclass(frozen=True)
@@ -43,7 +38,8 @@ class TokenizeOptions:
     Attributes:
         size: side of the square that images are resized and cropped to, pixels.
         encoding: batch size and precision.
-        rows_per_shard: rows of a Zarr shard; None for the store's own rule.
+        rows_per_shard: rows of a Zarr shard, or a few more when these divide badly; None for the store's own rule.
+        codec: how chunks are compressed; None for the smallest on the first Zarr shard.
         workers: encoder actors; never shapes the result.
         device: `cpu` or `cuda`.
     """
@@ -51,18 +47,35 @@ class TokenizeOptions:
     size: int
     encoding: Encoding = field(default_factory=Encoding)
     rows_per_shard: int | None = None
+    codec: str | None = None
     workers: int = 1
     device: str = "cpu"
 
 
 @dataclass(frozen=True)
 class TokenizeResult:
-    """The store's totals, and what this run added to them."""
+    """The store's totals, and what this run added to them.
+
+    Attributes:
+        counts: input samples of the whole plan.
+        rows: of the store.
+        resumed_rows: of them, those that were committed before this run.
+        appended_rows: those behind a store that was finished before; 0 when this run had nothing to append.
+        mended: committed Zarr shards whose files were lost and were made again.
+        did_something: whether the store was not finished already.
+        reasons: quarantine lines by reason.
+        rows_per_shard: of the store.
+        seconds: of this run.
+    """
 
     counts: Counts
     rows: int
     resumed_rows: int
+    appended_rows: int
+    mended: tuple[int, ...]
+    did_something: bool
     reasons: dict[str, int]
+    rows_per_shard: int
     seconds: float
 
 
@@ -72,7 +85,8 @@ def store_spec(plan: Plan, model: tokenizer.Tokenizer, options: TokenizeOptions)
         LevelSpec(name, model.config.codebook_size, model.config.grid(name, options.size))
         for name in model.config.level_names
     )
-    rows_per_shard = options.rows_per_shard or default_rows_per_shard(levels)
+    wanted = options.rows_per_shard
+    rows_per_shard = usable_rows_per_shard(levels, wanted) if wanted else default_rows_per_shard(levels)
     return StoreSpec(
         levels=levels,
         rows_per_shard=rows_per_shard,
@@ -89,7 +103,8 @@ def store_spec(plan: Plan, model: tokenizer.Tokenizer, options: TokenizeOptions)
             "class_names": list(plan.class_names or ()),
             "skipped": dict(plan.skipped),
         },
-        segments=(Segment(plan.digest),),
+        segments=(Segment(plan.digest, 0, 0, len(plan.shards), plan.num_samples),),
+        codec=options.codec,
     )
 
 
@@ -104,7 +119,7 @@ def tokenize_corpus(
     options: TokenizeOptions,
     progress: Callable[[int, int, str], None],
 ) -> TokenizeResult:
-    """Makes the store, or goes on with it.
+    """Makes the store, goes on with it, or appends to it what the corpus has more.
 
     Args:
         plan: the corpus.
@@ -115,221 +130,99 @@ def tokenize_corpus(
 
     Raises:
         UsageError: the place holds another store, is being written by another job, or has too little room.
+        CodesError: the store is damaged, and the corpus does not give again what it has lost.
         RunFailed: an input shard keeps killing its worker, or a worker failed otherwise.
     """
     start = time.monotonic()
+    found = read_spec(out) if (out / "zarr.json").exists() else None
+    parts = stages(found, plan)
+    if found:
+        require_same_job(out, found, store_spec(parts[-1], model, options), parts[-1])
+    # A ragged Zarr shard is written anew beside the old one.
+    kept = found.num_rows - found.num_rows % found.rows_per_shard if found else 0
+    row_bytes = store_spec(plan, model, options).row_bytes + SAMPLE_BYTES
+    require_room(out, max(0, plan.num_samples - kept) * row_bytes)
+    outcomes = [_carry_out(part, model, out, options, progress) for part in parts]
+    worked = not (found and found.complete and len(parts[-1].shards) == found.segments[-1].input_shards)
+    codes = open_codes(out)
+    reasons = Counter(str(reason) for reason in codes.quarantine()["reason"].to_pylist())
+    resumed, before = found.num_rows if found else 0, codes.spec.segments[-1].first_row
+    return TokenizeResult(
+        outcomes[-1].counts + Counts(skipped=sum(plan.skipped.values())),
+        rows=len(codes),
+        resumed_rows=resumed,
+        appended_rows=len(codes) - before if len(codes.spec.segments) > 1 and len(codes) > resumed else 0,
+        mended=tuple(shard for outcome in outcomes for shard in outcome.mended),
+        did_something=worked,
+        reasons=dict(reasons),
+        rows_per_shard=codes.spec.rows_per_shard,
+        seconds=time.monotonic() - start,
+    )
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """Counts of all commits of a plan that is brought to its end, and the Zarr shards that had to be made again for it."""
+
+    counts: Counts
+    mended: list[int]
+
+
+def _carry_out(
+    plan: Plan,
+    model: tokenizer.Tokenizer,
+    out: Path,
+    options: TokenizeOptions,
+    progress: Callable[[int, int, str], None],
+) -> _Outcome:
+    """Brings a plan to its end, unless it is there already."""
     spec = store_spec(plan, model, options)
-    committed = read_spec(out).num_rows if (out / "zarr.json").exists() else 0
-    require_room(out, (plan.num_samples - committed) * (spec.row_bytes + SAMPLE_BYTES))
-    with StoreWriter(out, spec) as writer:
-        resumed = writer.spec.num_rows
+    found = read_spec(out) if (out / "zarr.json").exists() else None
+    with StoreWriter(out, require_same_job(out, found, spec, plan) if found else spec) as writer:
+        if found and grows(found, plan):
+            writer.grow(plan.digest, len(plan.shards), plan.num_samples, spec.corpus)
+        mended: list[int] = []
         if not writer.spec.complete:
+            mended = writer.missing_shards()
             with ray_cluster(options.workers, options.device):
-                _Driver(plan, model, writer, options, progress).run()
+                _run(plan, model, writer, mended, options, progress)
             if writer.counts.seen != plan.num_samples:
                 raise RunFailed(
                     f"{out}: {plan.num_samples:,} samples were planned, {writer.counts.seen:,} came out; the store is left unfinished."
                 )
             writer.finish()
-        counts = writer.counts + Counts(skipped=sum(plan.skipped.values()))
-        rows = writer.spec.num_rows
-    reasons = Counter(str(reason) for reason in open_codes(out).quarantine()["reason"].to_pylist())
-    return TokenizeResult(counts, rows, resumed, dict(reasons), time.monotonic() - start)
+        return _Outcome(writer.counts, mended)
 
 
-@dataclass
-class _Running:
-    """An input shard on an actor."""
+def _run(
+    plan: Plan, model: tokenizer.Tokenizer, writer: StoreWriter, missing: list[int], options: TokenizeOptions,
+    progress: Callable[[int, int, str], None],
+) -> None:  # fmt: skip
+    """Makes again what is missing of the committed Zarr shards, then encodes what is not committed."""
+    import ray
 
-    unit: int
-    actor: Any
-    next_span: int
+    from pipelines.remote import EncoderActor, RayHands
 
+    gpus = 1 if options.device.startswith("cuda") else 0
+    arguments = (ray.put(tokenizer.dumps(model)), _preprocessing(model, options), options.encoding, options.device)
+    encoders = Encoders(
+        plan.shards,
+        lambda: EncoderActor.options(num_cpus=1, num_gpus=gpus).remote(*arguments),
+        options.workers,
+        writer.spec.tokenizer["computed_on"],
+    )
+    hands, end = RayHands(), Cursor(len(plan.shards))
+    counts = writer.counts
 
-@dataclass
-class _Write:
-    """A Zarr shard on its way to the disk."""
+    def lost(start: Cursor, stop: Cursor) -> Iterator[ArrivedSpan]:
+        progress(counts.seen, plan.num_samples, "making lost Zarr shards again")
+        return encoders.between(start, stop)
 
-    job: ShardJob[Any]
-    files: Any
+    def show(new: Counts) -> None:
+        nonlocal counts
+        counts = counts + new
+        progress(counts.seen, plan.num_samples, f"{counts.quarantined:,} quarantined" if counts.quarantined else "")
 
-
-class _Driver:
-    """One run: hands out input shards, puts spans in order, commits."""
-
-    def __init__(
-        self, plan: Plan, model: tokenizer.Tokenizer, writer: StoreWriter, options: TokenizeOptions,
-        progress: Callable[[int, int, str], None],
-    ) -> None:  # fmt: skip
-        import ray
-
-        from pipelines import remote
-
-        self._ray, self._remote = ray, remote
-        self._plan, self._writer, self._options, self._progress = plan, writer, options, progress
-        gpus = 1 if options.device.startswith("cuda") else 0
-        preprocessing = _preprocessing(model, options)
-        arguments = (ray.put(tokenizer.dumps(model)), preprocessing, options.encoding, options.device)
-        self._new_actor = lambda: remote.EncoderActor.options(num_cpus=1, num_gpus=gpus).remote(*arguments)
-        cursor = writer.cursor
-        self._cutter: ShardCutter[Any] = ShardCutter(writer.spec.rows_per_shard, writer.spec.num_commits, cursor)
-        self._current = self._next_unit = cursor.input_shard
-        self._first_span = {cursor.input_shard: cursor.span}
-        self._running: dict[Any, _Running] = {}
-        self._arrived: dict[int, deque[tuple[SpanFacts, Any]]] = {}
-        self._ended: set[int] = set()
-        self._deaths: Counter[tuple[int, int]] = Counter()
-        self._seen: Counter[int] = Counter()
-        self._again: list[tuple[int, int]] = []
-        self._writes: deque[_Write] = deque()
-        # What the committed rows stand for, plus the samples of a half-committed span, which are counted when it ends.
-        self._done = writer.counts.seen
-        self._bad = writer.counts.quarantined
-
-    def run(self) -> None:
-        """Encodes what is missing."""
-        units = len(self._plan.shards)
-        if self._current >= units:
-            return
-        workers = min(self._options.workers, units - self._current)
-        idle = [self._new_actor() for _ in range(workers)]
-        self._refuse_mixed_devices(idle)
-        self._report()
-        while self._current < units:
-            self._assign(idle, units)
-            self._receive(idle)
-            self._put_in_order(units)
-        for job in self._cutter.finish(units):
-            self._write(job)
-        while self._writes:
-            self._commit_head()
-
-    def _refuse_mixed_devices(self, actors: list[Any]) -> None:
-        try:
-            kinds = {
-                self._writer.spec.tokenizer["computed_on"],
-                *self._ray.get([actor.describe.remote() for actor in actors]),
-            }
-        except self._ray.exceptions.RayError as error:
-            raise RunFailed(f"an encoder worker did not start: {str(error).strip().splitlines()[-1]}") from error
-        if len(kinds) > 1:
-            raise RunFailed(
-                f"the machines differ ({'; '.join(sorted(kinds))}), and so might their codes. Run on machines of one kind."
-            )
-
-    def _assign(self, idle: list[Any], units: int) -> None:
-        while idle:
-            if self._again:
-                unit, span = self._again.pop(0)
-            elif self._next_unit < min(units, self._current + WINDOW * self._options.workers):
-                unit, span = self._next_unit, self._first_span.get(self._next_unit, 0)
-                self._next_unit += 1
-            else:
-                return
-            actor = idle.pop()
-            stream = actor.encode.options(num_returns="streaming", _generator_backpressure_num_objects=16).remote(
-                self._plan.shards[unit], span
-            )
-            self._running[stream] = _Running(unit, actor, span)
-
-    def _receive(self, idle: list[Any]) -> None:
-        """Waits for a span, the end of an input shard, or a written Zarr shard."""
-        wanted = [stream for stream, task in self._running.items() if self._has_room(task.unit)]
-        ready, _ = self._ray.wait([*wanted, *(write.files for write in list(self._writes)[:1])], fetch_local=False)
-        for item in ready:
-            if item not in self._running:
-                self._commit_head()
-                continue
-            task = self._running[item]
-            try:
-                facts, span = self._next_span(item)
-            except StopIteration:
-                del self._running[item]
-                self._require_whole(task)
-                self._ended.add(task.unit)
-                idle.append(task.actor)
-            except self._ray.exceptions.RayTaskError as error:
-                name = self._plan.shards[task.unit].name
-                raise RunFailed(
-                    f"input shard {name} (number {task.unit}): the encoder failed: {error.cause!r}"
-                ) from error
-            except self._ray.exceptions.RayError as error:
-                del self._running[item]
-                self._bury(task, error)
-                idle.append(self._new_actor())
-            else:
-                task.next_span = facts.index + 1
-                self._seen[task.unit] += facts.counts.seen
-                self._arrived.setdefault(task.unit, deque()).append((facts, span))
-                self._done += facts.counts.seen
-                self._bad += facts.counts.quarantined
-                self._report()
-
-    def _has_room(self, unit: int) -> bool:
-        return unit == self._current or len(self._arrived.get(unit, ())) < MAX_WAITING_SPANS
-
-    def _require_whole(self, task: _Running) -> None:
-        """An input shard that ends has given every sample that was planned."""
-        shard = self._plan.shards[task.unit]
-        found = self._seen.pop(task.unit, 0) + SPAN_SAMPLES * self._first_span.get(task.unit, 0)
-        if found != shard.num_samples:
-            raise RunFailed(
-                f"input shard {shard.name} (number {task.unit}) gave {found} samples, {shard.num_samples} were planned. Run the same command again."
-            )
-
-    def _next_span(self, stream: Any) -> tuple[SpanFacts, Any]:
-        span = next(stream)
-        try:
-            return self._ray.get(next(stream)), span
-        except StopIteration:
-            self._ray.get(span)  # the stream broke at the span itself: this raises why
-            raise
-
-    def _bury(self, task: _Running, error: Exception) -> None:
-        """An actor died: its input shard goes to a new one, from the first span that did not arrive."""
-        self._deaths[task.unit, task.next_span] += 1
-        deaths = self._deaths[task.unit, task.next_span]
-        if deaths == MAX_DEATHS:
-            first = task.next_span * SPAN_SAMPLES
-            raise RunFailed(
-                f"input shard {self._plan.shards[task.unit].name} (number {task.unit}) killed its worker {deaths} times, at samples "
-                f"{first}..{first + SPAN_SAMPLES - 1} of it. What was committed is safe. Take the shard out of the corpus, or mend it. ({error})"
-            )
-        self._again.append((task.unit, task.next_span))
-
-    def _put_in_order(self, units: int) -> None:
-        while self._current < units:
-            arrived = self._arrived.get(self._current, deque())
-            while arrived:
-                facts, span = arrived.popleft()
-                for job in self._cutter.add(self._current, facts.index, facts.rows, facts.counts, span):
-                    self._write(job)
-            if self._current not in self._ended:
-                return
-            self._arrived.pop(self._current, None)
-            self._current += 1
-
-    def _write(self, job: ShardJob[Any]) -> None:
-        while len(self._writes) >= MAX_WRITES:
-            self._commit_head()
-        pieces = [(piece.first, piece.stop, piece.ends_span) for piece in job.pieces]
-        spans = [piece.payload for piece in job.pieces]
-        files = self._remote.write_pieces.remote(
-            self._writer.store.absolute(), self._writer.spec, job.shard, pieces, *spans
-        )
-        job.pieces.clear()  # the task holds the spans now; they are freed when it is done
-        self._writes.append(_Write(job, files))
-
-    def _commit_head(self) -> None:
-        write = self._writes.popleft()
-        try:
-            files = self._ray.get(write.files)
-        except self._ray.exceptions.RayError as error:
-            raise RunFailed(
-                f"Zarr shard {write.job.shard} could not be written: {error}. What was committed before is safe."
-            ) from error
-        self._writer.commit(write.job.rows, write.job.cursor, write.job.counts, files)
-
-    def _report(self) -> None:
-        bad = f"{self._bad:,} quarantined" if self._bad else ""
-        self._progress(self._done, self._plan.num_samples, bad)
+    mend(writer, missing, lost, hands)
+    show(Counts())
+    extend(writer, encoders.between(writer.cursor, end, lambda facts: show(facts.counts)), end.input_shard, hands)

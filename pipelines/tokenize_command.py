@@ -10,7 +10,8 @@ from pathlib import Path
 import tokenizer
 from pipelines.corpus.plan import Plan
 from pipelines.encoder import Encoding
-from pipelines.options import Device, Precision, choose_device, default_workers
+from pipelines.growth import grows, require_same_job, stages
+from pipelines.options import Codec, Device, Precision, choose_device, default_workers
 from pipelines.outputs import refuse_inside, run_record
 from pipelines.planning import planned
 from pipelines.progress import meter
@@ -19,12 +20,11 @@ from pipelines.tokenize import TokenizeOptions, store_spec, tokenize_corpus
 from vqmill.errors import CodesError, UsageError
 from vqmill.files import canonical_json, write_whole
 from vqmill.layout import read_spec
-from vqmill.settings import refuse_other_settings
 
 
 def tokenize(
     corpus: str, tokenizer_path: Path, out: Path, *, size: int | None, workers: int | None, batch_size: int, shard_rows: int | None,
-    precision: Precision, device: Device, dry_run: bool,
+    codec: Codec, precision: Precision, device: Device, dry_run: bool,
 ) -> Result:  # fmt: skip
     """Runs the command; see `vqmill tokenize --help`."""
     for flag, value in (("--workers", workers), ("--batch-size", batch_size), ("--shard-rows", shard_rows)):
@@ -38,8 +38,9 @@ def tokenize(
         raise UsageError(str(error)) from error
     chosen = choose_device(device)
     options = TokenizeOptions(
-        size, Encoding(batch_size, precision), shard_rows, workers or default_workers(chosen), chosen
-    )
+        size, Encoding(batch_size, precision), shard_rows, None if codec == "auto" else codec,
+        workers or default_workers(chosen), chosen,
+    )  # fmt: skip
     refuse_inside(out, corpus)
     plan = planned(corpus)
     if dry_run:
@@ -51,9 +52,17 @@ def tokenize(
         counts=asdict(made.counts), seconds=made.seconds,
     )  # fmt: skip
     new = made.rows - made.resumed_rows
-    if new or not run_file(out).exists():
+    if made.did_something or not run_file(out).exists():
         write_whole(run_file(out), canonical_json(record))
     lines = [f"{out}: {made.rows:,} rows ({new:,} of them in this run, {made.resumed_rows:,} found committed)"]
+    if made.appended_rows:
+        lines.append(f"appended: {made.appended_rows:,} rows, behind the {made.rows - made.appended_rows:,} of before")
+    if made.mended:
+        lines.append(
+            f"made again, as files of them were missing or damaged: Zarr shards {', '.join(map(str, made.mended))}"
+        )
+    if shard_rows not in (None, made.rows_per_shard):
+        lines.append(f"--shard-rows {shard_rows} was raised to {made.rows_per_shard}, which divides into good chunks")
     if options.workers > len(plan.shards):
         lines.append(
             f"only {len(plan.shards)} of {options.workers} workers had something to do: the corpus is {len(plan.shards)} input shards"
@@ -63,6 +72,8 @@ def tokenize(
     facts = {
         "out": str(out),
         "resumed_rows": made.resumed_rows,
+        "appended_rows": made.appended_rows,
+        "mended_shards": list(made.mended),
         "reasons": made.reasons,
         "fingerprint": model.fingerprint,
     }
@@ -86,7 +97,9 @@ def recorded_tokenizer(store: Path) -> Path:
     try:
         place = store.parent / json.loads(path.read_bytes())["tokenizer"]
     except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{path}: damaged ({error!r}). Name the tokenizer with --tokenizer DIR.") from error
+        raise UsageError(
+            f"{path}: does not say where the tokenizer is ({error!r}). Name its folder with --tokenizer DIR."
+        ) from error
     if not place.exists():
         raise UsageError(
             f"{place}: the tokenizer that {path} names is not there. Name its folder with --tokenizer DIR."
@@ -100,28 +113,34 @@ def relative_to_store(tokenizer_path: Path, store: Path) -> str:
 
 
 def _dry_run(plan: Plan, model: tokenizer.Tokenizer, out: Path, options: TokenizeOptions) -> Result:
+    found = read_spec(out) if (out / "zarr.json").exists() else None
+    plan = stages(found, plan)[-1]
     spec = store_spec(plan, model, options)
     raw = plan.num_samples * spec.row_bytes
-    done = 0
-    if (out / "zarr.json").exists():
-        found = read_spec(out)
-        refuse_other_settings(
-            str(out),
-            found.settings(),
-            spec.settings(),
-            "Choose another --out, or repeat the settings it was made with.",
-        )
-        done = found.num_rows
+    done = more = 0
+    state = "nothing is there yet"
+    if found:
+        require_same_job(out, found, spec, plan)
+        done, more = found.num_rows, plan.num_samples - found.segments[-1].num_samples
+        state = f"{done:,} rows are committed already"
+        if grows(found, plan):
+            state = f"would append {more:,} samples to {done:,} rows"
     grids = ", ".join(
         f"{level.name} {'x'.join(map(str, level.grid))} of {level.codebook_size} codes" for level in spec.levels
     )
     lines = [
         f"{plan.corpus}: {len(plan.shards):,} input shards, {plan.num_samples:,} samples, {plan.num_bytes / 1e6:,.1f} MB",
         f"{out}: {grids}; at most {raw / 1e6:,.1f} MB before compression, {spec.rows_per_shard:,} rows a Zarr shard",
-        f"{done:,} rows are committed already" if done else "nothing is there yet",
+        state,
         f"{options.workers} workers on {options.device}; nothing was written",
     ]
     return Result(
         lines,
-        facts={"samples": plan.num_samples, "input_shards": len(plan.shards), "raw_bytes": raw, "committed_rows": done},
+        facts={
+            "samples": plan.num_samples,
+            "input_shards": len(plan.shards),
+            "raw_bytes": raw,
+            "committed_rows": done,
+            "appended_samples": more,
+        },
     )

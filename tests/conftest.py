@@ -1,12 +1,15 @@
-"""What all tests share: where the real data lies, and one Ray for the whole session."""
+"""What all tests share: where the real data lies, small stores, and one Ray for the whole session."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -18,8 +21,118 @@ from pipelines.corpus.plan import plan_corpus
 from pipelines.corpus.samples import read_samples
 from pipelines.scenes import write_corpus
 from pipelines.tokenize import TokenizeOptions, tokenize_corpus
+from vqmill.files import sealed
+from vqmill.spec import LevelSpec, StoreSpec
+from vqmill.tables import QUARANTINE_SCHEMA, SAMPLES_SCHEMA
+from vqmill.writer import Counts, Cursor, StoreWriter, write_shard
 
 DATA_ENVIRONMENT = "VQMILL_DATA"
+
+
+class Stores:
+    """Builds what the tests read. Input shard i of the pretended corpus is Zarr shard i, with one bad sample at its end."""
+
+    two_levels = StoreSpec(
+        levels=(LevelSpec("top", 512, (2, 3)), LevelSpec("bottom", 200, (4, 6))),
+        rows_per_shard=8,
+        tokenizer={"fingerprint": "0" * 32, "preset": "rgb32", "precision": "float32"},
+        preprocessing={"size": 32, "crop": "center", "decoder": "none 1.0"},
+        corpus={"description": "made up", "num_samples": 24, "class_names": ["cat", "dog"], "skipped": {}},
+        codec="blosc-zstd",
+    )
+
+    @staticmethod
+    def codes(spec, num_rows, seed=0):
+        """Codes by level, dtype int64, that include 0 and K-1."""
+        generator = np.random.default_rng(seed)
+        codes = {
+            level.name: generator.integers(0, level.codebook_size, (num_rows, *level.grid)) for level in spec.levels
+        }
+        for level in spec.levels if num_rows else ():
+            codes[level.name].reshape(-1)[0] = 0
+            codes[level.name].reshape(-1)[-1] = level.codebook_size - 1
+        return codes
+
+    @staticmethod
+    def samples(labels, first=0):
+        rows = [
+            {
+                "key": f"class/sample-{first + i}",
+                "source": "shard-é.tar",
+                "input_shard": 0,
+                "index": first + i,
+                "label": label,
+                "caption": f"caption {first + i}" if i % 2 else None,
+                "json": json.dumps({"row": first + i}),
+                "width": 28 + i,
+                "height": 30,
+            }
+            for i, label in enumerate(labels)
+        ]
+        return pa.Table.from_pylist(rows, schema=SAMPLES_SCHEMA)
+
+    @staticmethod
+    def quarantine(shard):
+        row = {"key": f"bad-{shard}", "source": "shard-é.tar", "input_shard": shard, "index": 99}
+        return pa.Table.from_pylist([row | {"reason": "truncated", "detail": "cut"}], schema=QUARANTINE_SCHEMA)
+
+    def write(self, path, spec, codes, labels=None, *, finish=True, stop_after=None):
+        """Creates or resumes a store from the cursor of its last commit, as a job does."""
+        num_rows = len(next(iter(codes.values())))
+        labels = [None] * num_rows if labels is None else labels
+        with StoreWriter(path, spec) as writer:
+            for shard in range(writer.cursor.input_shard, -(-num_rows // spec.rows_per_shard)):
+                if shard == stop_after:
+                    return path
+                part = slice(shard * spec.rows_per_shard, (shard + 1) * spec.rows_per_shard)
+                rows = {name: values[part] for name, values in codes.items()}
+                samples = self.samples(labels[part], part.start)
+                files = write_shard(path, writer.spec, shard, rows, samples, self.quarantine(shard))
+                counts = Counts(encoded=samples.num_rows, quarantined=1)
+                writer.commit(samples.num_rows, Cursor(input_shard=shard + 1), counts, files)
+            if finish:
+                writer.finish()
+        return path
+
+    @staticmethod
+    def files(path):
+        """The content of every file below a folder, by its name."""
+        return {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+    @staticmethod
+    def edit_json(path, change, *, seal=True):
+        """Lets `change` alter a JSON file in place, and mends its checksum."""
+        value = json.loads(path.read_bytes())
+        change(value)
+        holder = value["attributes"]["vqmill"] if path.name == "zarr.json" and value["attributes"] else value
+        if seal and "sha256" in holder:
+            holder.update(sealed(holder))
+        path.write_text(json.dumps(value))
+
+    def recommit(self, store, shard, name):
+        """Makes the commit record agree with a file that was replaced, as a hostile or confused writer would."""
+        data = (store / name).read_bytes()
+        facts = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        self.edit_json(store / f"commits/shard-{shard:06d}.json", lambda record: record["files"].update({name: facts}))
+
+
+@pytest.fixture
+def no_fsync(monkeypatch):
+    """Durability has a test of its own; without fsync the others take a quarter of the time."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.fixture(scope="session")
+def stores() -> Stores:
+    return Stores()
+
+
+@pytest.fixture(scope="session")
+def finished_store(tmp_path_factory, stores) -> Path:
+    """Two levels, 21 rows in three Zarr shards of 8, labels 0, 1, ... and every fifth missing. Not to be changed."""
+    labels = [None if row % 5 == 4 else row for row in range(21)]
+    path = tmp_path_factory.mktemp("finished") / "codes.zarr"
+    return stores.write(path, stores.two_levels, stores.codes(stores.two_levels, 21), labels)
 
 
 @pytest.fixture(scope="session")

@@ -140,6 +140,13 @@ def smallest_codec(spec: StoreSpec, codes: Mapping[str, np.ndarray[Any, Any]]) -
     return FASTEST if sizes[FASTEST] <= NEARLY * sizes[smallest] else smallest
 
 
+def decode_zarr_shard(spec: StoreSpec, level: LevelSpec, data: bytes, rows: int) -> np.ndarray[Any, Any]:
+    """The first rows of one Zarr shard from its bytes: what `encode_zarr_shard` was given, in the stored dtype."""
+    array = level_array(spec, level, rows)
+    sync(array.store.set("/".join(["c", *["0"] * array.ndim]), default_buffer_prototype().buffer.from_bytes(data)))
+    return np.asarray(array[:])
+
+
 def encode_label_shard(spec: StoreSpec, labels: np.ndarray[Any, Any]) -> bytes:
     """The bytes of one Zarr shard of labels, int64 [n]."""
     return _encoded(label_array(spec, len(labels)), labels.astype(np.int64))
@@ -230,10 +237,10 @@ def label_column(samples: pa.Table) -> np.ndarray[Any, Any]:
 
 
 def parquet_bytes(table: pa.Table) -> bytes:
-    """A table as one Parquet file: the same bytes for the same rows."""
+    """A table as one Parquet file: the same bytes for the same rows, however they were put together."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")  # pyright: ignore[reportUnknownMemberType]
+    pq.write_table(table.combine_chunks(), sink, compression="zstd")  # pyright: ignore[reportUnknownMemberType]
     return sink.getvalue().to_pybytes()

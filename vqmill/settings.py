@@ -39,8 +39,10 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" Did you mean '{near[0]}'?" if near else ""
 
 
-def different_settings(found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """One line for each value that differs between two nested settings.
+def different_settings(
+    found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "", sides: tuple[str, str] = ("there", "now")
+) -> Iterator[str]:
+    """One line for each value that differs between two nested settings, which are called by the names of the two sides.
 
     >>> list(different_settings({"seed": 0, "size": 32}, {"seed": 1, "size": 32}))
     ['seed: there 0, now 1']
@@ -48,9 +50,9 @@ def different_settings(found: Mapping[str, Any], wanted: Mapping[str, Any], pref
     for name in sorted(found.keys() | wanted.keys()):
         there, now = _by_place(found.get(name)), _by_place(wanted.get(name))
         if isinstance(there, dict) and isinstance(now, dict):
-            yield from different_settings(there, now, f"{prefix}{name}.")
+            yield from different_settings(there, now, f"{prefix}{name}.", sides)
         elif there != now:
-            yield f"{prefix}{name}: there {_short(there)}, now {_short(now)}"
+            yield f"{prefix}{name}: {sides[0]} {_short(there)}, {sides[1]} {_short(now)}"
 
 
 def _by_place(value: JsonValue | tuple[Any, ...]) -> JsonValue:

@@ -91,6 +91,21 @@ def default_rows_per_shard(levels: Sequence[LevelSpec]) -> int:
     return min(MAX_ROWS_PER_SHARD, 1 << max(0, rows.bit_length() - 1))
 
 
+def usable_rows_per_shard(levels: Sequence[LevelSpec], wanted: int) -> int:
+    """The next number of rows, from `wanted` upwards, that divides into chunks of CHUNK_BYTES to CHUNK_BYTES / 2 of the finest level.
+
+    A prime would else give chunks of one row, which neither compress nor read well.
+
+    >>> usable_rows_per_shard([LevelSpec("codes", 512, (64, 64))], 1009)    # 101 chunks of 10 rows
+    1010
+    """
+    finest = max(levels, key=lambda level: level.row_bytes)
+    most = max(1, CHUNK_BYTES // finest.row_bytes)
+    if wanted <= most:
+        return wanted
+    return min(-(-wanted // rows) * rows for rows in range(most // 2 + 1, most + 1))
+
+
 @dataclass(frozen=True)
 class Segment:
     """Rows that one plan brought.
@@ -98,7 +113,8 @@ class Segment:
     Attributes:
         plan: digest of the plan: of all its input shards, those of earlier segments among them.
         first_row: the first row that this plan brought.
-        first_commit: the first commit that holds any of them; it may hold rows of the segment before, too.
+        first_commit: the commit that holds this row, once there is one: first_row // rows_per_shard. It may hold rows of the segment
+            before, too.
         input_shards: how many input shards the plan has; a longer plan begins with exactly these.
         num_samples: how many samples they hold.
     """
@@ -152,7 +168,7 @@ class StoreSpec:
                 raise CodesError(
                     f"level {level.name!r}: expected a grid of one to three positive sizes, got {list(level.grid)}."
                 )
-            if level.row_bytes > MAX_ROW_BYTES or level.row_bytes * self.rows_per_shard > MAX_SHARD_BYTES:
+            if level.row_bytes > MAX_ROW_BYTES or max(level.row_bytes, 8) * self.rows_per_shard > MAX_SHARD_BYTES:
                 raise CodesError(
                     f"level {level.name!r}: rows of {level.row_bytes:,} bytes, {self.rows_per_shard:,} in a Zarr shard; at most "
                     f"{MAX_ROW_BYTES:,} bytes a row and {MAX_SHARD_BYTES:,} a Zarr shard are read or written."
@@ -190,6 +206,10 @@ class StoreSpec:
     def with_progress(self, *, num_rows: int, num_commits: int, complete: bool) -> StoreSpec:
         """The same store, further on."""
         return replace(self, num_rows=num_rows, num_commits=num_commits, complete=complete)
+
+    def with_plan_of(self, other: StoreSpec) -> StoreSpec:
+        """The same settings, for the corpus of another store."""
+        return replace(self, segments=other.segments, corpus=other.corpus)
 
     def settings(self) -> dict[str, Any]:
         """All that two runs must share to write the same codes.

@@ -2,105 +2,34 @@
 
 `write_shard` is called by anyone, anywhere; `StoreWriter` is the one process that decides what counts. After a kill at any moment the
 store opens with the rows that its group metadata counts, and nothing else is believed.
+
+A finished store grows by a segment: its last Zarr shard is opened again and written anew, with new rows behind the old ones. This is
+safe at every moment. Files of that Zarr shard are replaced one by one, before its record: each begins with the same rows, so whoever
+reads no more rows than the group counts reads right from the old and from the new. A kill leaves some files new and the record old:
+`missing_shards` names the Zarr shard (its contents are not the recorded ones), it is made again from the corpus as the record says, and
+reopened once more. A kill between the record and the group's metadata leaves a record whose files are all in place: it is believed.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from vqmill import layout
+from vqmill.commits import Commit, Counts, Cursor, file_facts
 from vqmill.errors import CodesError, UsageError
-from vqmill.files import canonical_json, hold_lock, sealed, sync_folder, write_whole
+from vqmill.files import hold_lock, sync_folder, write_whole
 from vqmill.settings import refuse_other_settings
-from vqmill.spec import StoreSpec
+from vqmill.spec import CODECS, Segment, StoreSpec
 
 if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Input samples: seen = encoded + quarantined + skipped."""
-
-    encoded: int = 0
-    quarantined: int = 0
-    skipped: int = 0
-
-    @property
-    def seen(self) -> int:
-        """All samples met."""
-        return self.encoded + self.quarantined + self.skipped
-
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(self.encoded + other.encoded, self.quarantined + other.quarantined, self.skipped + other.skipped)
-
-
-@dataclass(frozen=True)
-class Cursor:
-    """Where in the corpus the next Zarr shard begins: an input shard, a span in it, and rows of that span already written."""
-
-    input_shard: int = 0
-    span: int = 0
-    row: int = 0
-
-
-@dataclass(frozen=True)
-class Commit:
-    """The record that makes one Zarr shard count."""
-
-    shard: int
-    first_row: int
-    rows: int
-    cursor: Cursor
-    counts: Counts
-    files: Mapping[str, Mapping[str, Any]]
-
-    def to_bytes(self) -> bytes:
-        """The file's content: nothing of time, place or number of workers."""
-        return canonical_json(sealed(asdict(self)))
-
-    @classmethod
-    def read(cls, path: Path) -> Commit:
-        """Reads a record.
-
-        Raises:
-            CodesError: missing or damaged.
-        """
-        try:
-            record = json.loads(path.read_bytes())
-            if sealed(record) != record:
-                raise ValueError("not what its sha256 says")
-            numbers = [record[key] for key in ("shard", "first_row", "rows")]
-            numbers += [record["cursor"][field.name] for field in fields(Cursor)]
-            numbers += [record["counts"][field.name] for field in fields(Counts)]
-            if not all(type(number) is int and number >= 0 for number in numbers):
-                raise ValueError("numbers must be whole")
-            return cls(
-                shard=int(record["shard"]),
-                first_row=int(record["first_row"]),
-                rows=int(record["rows"]),
-                cursor=Cursor(**record["cursor"]),
-                counts=Counts(**record["counts"]),
-                files={str(name): dict(facts) for name, facts in record["files"].items()},
-            )
-        except FileNotFoundError as error:
-            raise CodesError(f"{path}: this commit record is missing. Restore it from a copy.") from error
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CodesError(f"{path}: damaged commit record ({error}). Restore it from a copy.") from error
-
-
-def file_facts(data: bytes) -> dict[str, Any]:
-    """What a commit record says of a file: its size in bytes and its SHA-256."""
-    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def write_shard(
@@ -110,16 +39,19 @@ def write_shard(
     codes: Mapping[str, np.ndarray[Any, Any]],
     samples: pa.Table,
     quarantine: pa.Table,
+    expected: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Writes every file of one Zarr shard, each whole and durable; nothing counts until `StoreWriter.commit`.
 
     Args:
         store: the store's folder.
-        spec: its specification.
+        spec: its specification, as the writer has it: with the codec that was chosen.
         shard: the number of this Zarr shard.
         codes: by level, integers [n, *grid], n <= rows_per_shard; n is 0 only when a whole corpus gave nothing but quarantine rows.
         samples: n rows of SAMPLES_SCHEMA.
         quarantine: rows of QUARANTINE_SCHEMA.
+        expected: what the files must be, as a commit record keeps it; nothing is written when they are not, for `StoreWriter.put_back`
+            to refuse them.
 
     Returns:
         Size and checksum of each file, by its path in the store: what the commit record keeps.
@@ -137,9 +69,53 @@ def write_shard(
         files[layout.shard_file(layout.LABEL, shard, 0)] = layout.encode_label_shard(spec, labels)
     files[layout.samples_file(shard)] = layout.parquet_bytes(samples)
     files[layout.quarantine_file(shard)] = layout.parquet_bytes(quarantine)
-    for name, data in files.items():
-        write_whole(store / name, data)
-    return {name: file_facts(data) for name, data in files.items()}
+    facts = {name: file_facts(data) for name, data in files.items()}
+    if expected is None or facts == expected:
+        for name, data in files.items():
+            write_whole(store / name, data)
+    return facts
+
+
+def read_shard(
+    store: Path, spec: StoreSpec, commit: Commit
+) -> tuple[dict[str, np.ndarray[Any, Any]], pa.Table, pa.Table]:
+    """Reads a committed Zarr shard back: codes by level [rows, *grid] in the stored dtype, samples, quarantine.
+
+    Raises:
+        CodesError: a file is not the committed one.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def read(name: str) -> bytes:
+        data = (store / name).read_bytes() if (store / name).exists() else None
+        if data is None or file_facts(data) != commit.files.get(name):
+            raise CodesError(
+                f"{store / name}: {'missing' if data is None else 'not what was committed'}. See: vqmill verify {store}"
+            )
+        return data
+
+    def table(name: str) -> pa.Table:
+        return pq.read_table(pa.BufferReader(read(name)))  # pyright: ignore[reportUnknownMemberType]
+
+    codes = {
+        level.name: layout.decode_zarr_shard(
+            spec, level, read(layout.shard_file(level.name, commit.shard, len(level.grid))), commit.rows
+        )
+        for level in (spec.levels if commit.rows else ())
+    }
+    return codes, table(layout.samples_file(commit.shard)), table(layout.quarantine_file(commit.shard))
+
+
+def refuse_other_store(store: Path, found: StoreSpec, wanted: StoreSpec, advice: str) -> None:
+    """Says how a store that is there was made differently. A codec that one of the two leaves open is no difference.
+
+    Raises:
+        UsageError: it was.
+    """
+    codec = wanted.codec or found.codec
+    there, now = replace(found, codec=found.codec or codec), replace(wanted, codec=codec)
+    refuse_other_settings(str(store), there.settings(), now.settings(), advice)
 
 
 class StoreWriter:
@@ -153,12 +129,14 @@ class StoreWriter:
 
         Args:
             store: the folder, with a name of its own.
-            spec: what this job would write; progress fields are ignored.
+            spec: what this job would write; progress fields are ignored. A `codec` of None takes what the store has.
 
         Raises:
-            CodesError: the store was made with other settings (the difference is shown), or another job is writing it.
+            CodesError: the store was made with other settings (the difference is shown), its records are damaged, or another job is
+                writing it.
         """
         self.store = store
+        self._codec = spec.codec
         self._lock: int | None = hold_lock(
             store, "Another job is writing this store. Wait for it to end, or choose another --out."
         )
@@ -167,12 +145,7 @@ class StoreWriter:
                 self.spec = layout.read_spec(store)
                 origin = self.spec.corpus.get("description")
                 advice = "Choose another --out, or repeat the settings it was made with."
-                refuse_other_settings(
-                    str(store),
-                    self.spec.settings(),
-                    spec.settings(),
-                    f"It was made from {origin}. {advice}" if origin else advice,
-                )
+                refuse_other_store(store, self.spec, spec, f"It was made from {origin}. {advice}" if origin else advice)
             elif store.exists() and (not store.is_dir() or any(store.iterdir())):
                 raise UsageError(f"{store}: exists and is not a code store. Choose another --out, or remove it.")
             else:
@@ -181,6 +154,9 @@ class StoreWriter:
             self.commits = [Commit.read(store / layout.commit_file(shard)) for shard in range(self.spec.num_commits)]
             self._sweep()
             self._publish_arrays()  # a kill inside a commit leaves them ahead of the rows that count
+            self._believe_last_record()
+            if self._codec is not None and self.spec.codec is None:
+                self.choose_codec(self._codec)
         except BaseException:
             self.close()
             raise
@@ -209,6 +185,78 @@ class StoreWriter:
         """Samples over all commits."""
         return sum((commit.counts for commit in self.commits), Counts())
 
+    def choose_codec(self, codec: str) -> None:
+        """Sets how chunks are compressed, before the first row."""
+        assert not self.spec.num_rows, "the rows that are there are compressed already"
+        self.spec = replace(self.spec, codec=codec)
+        self._publish(complete=False)
+
+    def grow(self, plan: str, input_shards: int, num_samples: int, corpus: Mapping[str, Any]) -> None:
+        """Takes up a longer plan, of which the store's is a true beginning.
+
+        A finished store gets a segment, and goes on. In an unfinished one the longer plan takes the place of the shorter, which nobody
+        has seen finished. The last Zarr shard is opened again in both cases: see `rewrite_last`.
+
+        Args:
+            plan: digest of the longer plan.
+            input_shards: how many it has.
+            num_samples: how many they hold.
+            corpus: what the store says of it from now on.
+        """
+        last = self.spec.segments[-1]
+        assert input_shards > last.input_shards, f"{input_shards} input shards are not more than {last.input_shards}"
+        first_row = self.spec.num_rows if self.spec.complete else last.first_row
+        grown = Segment(plan, first_row, first_row // self.spec.rows_per_shard, input_shards, num_samples)
+        kept = self.spec.segments if self.spec.complete else self.spec.segments[:-1]
+        codec = self.spec.codec if self.spec.num_rows else self._codec  # of no rows, a new choice is as good
+        self.spec = replace(self.spec, segments=(*kept, grown), corpus=corpus, codec=codec)
+        self._publish(complete=False)
+
+    def missing_shards(self) -> list[int]:
+        """Committed Zarr shards of which a file is missing or has another size.
+
+        Of the last one contents are compared, too: a kill while it was opened again leaves some of its files new.
+        """
+        return [
+            commit.shard
+            for commit in self.commits
+            if not all(
+                _is_there(self.store / name, facts, whole=commit is self.commits[-1])
+                for name, facts in commit.files.items()
+            )
+        ]
+
+    def put_back(self, shard: int, files: Mapping[str, Mapping[str, Any]]) -> None:
+        """Accepts the files of a committed Zarr shard that were made again.
+
+        Args:
+            shard: its number.
+            files: what `write_shard` returned, called with the record's `files` as `expected`.
+
+        Raises:
+            CodesError: they are not what was committed.
+        """
+        commit = self.commits[shard]
+        if files != commit.files:
+            names = sorted(files.keys() | commit.files.keys())
+            other = ", ".join(name for name in names if files.get(name) != commit.files.get(name))
+            raise CodesError(
+                f"{self.store}: Zarr shard {shard} ({commit.rows} rows from row {commit.first_row}) was made again and came out differently "
+                f"({other}): the corpus, the tokenizer or the software is not what made this store. Nothing was written. "
+                "Use what made it, or restore these files from a copy."
+            )
+
+    def rewrite_last(self, rows: int, cursor: Cursor, counts: Counts, files: Mapping[str, Mapping[str, Any]]) -> None:
+        """Makes the last Zarr shard count again, after it was opened and written anew with more behind what it held."""
+        last = self.commits[-1]
+        assert not self.spec.complete, "a finished store is not written to"
+        assert last.rows <= rows <= self.spec.rows_per_shard, f"{rows} rows where {last.rows} were"
+        assert set(files) == set(layout.shard_files(self.spec, last.shard, rows)), sorted(files)
+        record = Commit(last.shard, last.first_row, rows, cursor, counts, files)
+        write_whole(self.store / layout.commit_file(record.shard), record.to_bytes())
+        self.commits[-1] = record
+        self._publish(complete=False)
+
     def commit(self, rows: int, cursor: Cursor, counts: Counts, files: Mapping[str, Mapping[str, Any]]) -> None:
         """Makes the next Zarr shard count: its record, then each array's metadata, then the group's."""
         assert not self.spec.complete, "commit to a finished store"
@@ -230,7 +278,9 @@ class StoreWriter:
 
     def _publish(self, *, complete: bool) -> None:
         rows = sum(commit.rows for commit in self.commits)
-        self.spec = self.spec.with_progress(num_rows=rows, num_commits=len(self.commits), complete=complete)
+        chosen = self.spec.codec or (CODECS[0] if rows or complete else None)  # what layout.py takes for None
+        spec = replace(self.spec, codec=chosen)
+        self.spec = spec.with_progress(num_rows=rows, num_commits=len(self.commits), complete=complete)
         self._publish_arrays()
         write_whole(self.store / "zarr.json", layout.group_metadata(self.spec))
 
@@ -238,6 +288,16 @@ class StoreWriter:
         for name, data in layout.array_metadata(self.spec).items():
             if not (self.store / name).exists() or (self.store / name).read_bytes() != data:
                 write_whole(self.store / name, data)
+
+    def _believe_last_record(self) -> None:
+        """A kill between the new record of the last Zarr shard and the group's metadata: the record's files are all in place."""
+        rows = sum(commit.rows for commit in self.commits)
+        if rows > self.spec.num_rows >= self.commits[-1].first_row and not self.spec.complete:
+            self._publish(complete=False)
+        elif rows != self.spec.num_rows:
+            raise CodesError(
+                f"{self.store}: zarr.json counts {self.spec.num_rows:,} rows, the commit records {rows:,}. See: vqmill verify {self.store}"
+            )
 
     def _create(self) -> None:
         beside = self.store.with_name(f".{self.store.name}.new")  # a name that only we use, as that of the lock
@@ -255,6 +315,13 @@ class StoreWriter:
         for path in files_of(self.store):
             if path.relative_to(self.store).as_posix() not in known:
                 path.unlink(missing_ok=True)  # an orphan may rename its half-written file under our hands
+
+
+def _is_there(path: Path, facts: Mapping[str, Any], *, whole: bool) -> bool:
+    try:
+        return file_facts(path.read_bytes()) == facts if whole else path.stat().st_size == facts["bytes"]
+    except FileNotFoundError:
+        return False
 
 
 def committed_files(spec: StoreSpec, commits: list[Commit]) -> Iterator[str]:

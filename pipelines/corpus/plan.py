@@ -9,8 +9,9 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -135,7 +136,33 @@ class Plan:
     @cached_property
     def digest(self) -> str:
         """SHA-256 (hex) of all names, sizes and counts: the same wherever the corpus lies."""
-        return hashlib.sha256("\n".join(shard.digest for shard in self.shards).encode()).hexdigest()
+        return self.digest_of_first(len(self.shards))
+
+    def digest_of_first(self, input_shards: int) -> str:
+        """The digest of the plan that has only the first so many input shards of this one."""
+        return hashlib.sha256("\n".join(shard.digest for shard in self.shards[:input_shards]).encode()).hexdigest()
+
+    def first(self, input_shards: int) -> Plan:
+        """The plan of the first so many input shards."""
+        return replace(self, shards=self.shards[:input_shards])
+
+    def cut_at(self, totals: Sequence[int]) -> Plan:
+        """The same samples in the same order, with an input shard ending wherever so many samples are behind.
+
+        Bundles of files and ranges of idx archives are cut in two there; tars never are. So a corpus that has grown is cut like the
+        corpus of before, whose last bundle was not full.
+        """
+        shards: list[InputShard] = []
+        behind = 0
+        for shard in self.shards:
+            cuts = sorted({total - behind for total in totals if 0 < total - behind < shard.num_samples})
+            if shard.kind == "tar" or (not cuts and shard.index == len(shards)):
+                shards.append(shard)
+            else:
+                for start, stop in pairwise([0, *cuts, shard.num_samples]):
+                    shards.append(_part(shard, len(shards), start, stop))
+            behind += shard.num_samples
+        return replace(self, shards=tuple(shards))
 
 
 def plan_corpus(corpus: str, progress: Callable[[int, int], None] | None = None) -> Plan:
@@ -180,13 +207,10 @@ def _plan_folder(corpus: str, progress: Callable[[int, int], None] | None) -> Pl
         ImageFile(file.path, key, labels[file.path.split("/", 1)[0]] if classes else None, file.num_bytes)
         for file, key in zip(scan.images, keys, strict=True)
     ]
-    shards = []
-    for start in range(0, len(files), FILES_PER_SHARD):
-        bundle = tuple(files[start : start + FILES_PER_SHARD])
-        num_bytes = sum(file.num_bytes for file in bundle)
-        shards.append(
-            InputShard(len(shards), f"files-{len(shards):06d}", len(bundle), num_bytes, FileBundle(str(root), bundle))
-        )
+    shards = [
+        _bundle(index, str(root), tuple(files[start : start + FILES_PER_SHARD]))
+        for index, start in enumerate(range(0, len(files), FILES_PER_SHARD))
+    ]
     return Plan(corpus, tuple(shards), tuple(map(text_of, classes)), dict(sorted(scan.skipped.items())), {})
 
 
@@ -261,8 +285,26 @@ def _plan_published(corpus: str) -> Plan:
     shards: list[InputShard] = []
     for files in splits:
         for start in range(0, files.num_samples, ROWS_PER_SHARD):
-            num_rows = min(ROWS_PER_SHARD, files.num_samples - start)
-            name = f"{files.split}[{start}:{start + num_rows}]"
-            num_bytes = num_rows * files.shape[0] * files.shape[1]
-            shards.append(InputShard(len(shards), name, num_rows, num_bytes, IdxRange(files, start)))
+            shards.append(_idx_range(len(shards), files, start, min(start + ROWS_PER_SHARD, files.num_samples)))
     return Plan(corpus, tuple(shards), class_names, {}, {})
+
+
+def _bundle(index: int, root: str, files: tuple[ImageFile, ...]) -> InputShard:
+    num_bytes = sum(file.num_bytes for file in files)
+    return InputShard(index, f"files-{index:06d}", len(files), num_bytes, FileBundle(root, files))
+
+
+def _idx_range(index: int, files: IdxFiles, start: int, stop: int) -> InputShard:
+    num_bytes = (stop - start) * files.shape[0] * files.shape[1]
+    return InputShard(index, f"{files.split}[{start}:{stop}]", stop - start, num_bytes, IdxRange(files, start))
+
+
+def _part(shard: InputShard, index: int, start: int, stop: int) -> InputShard:
+    """Samples start..stop-1 of an input shard that is no tar."""
+    match shard.content:
+        case FileBundle(root=root, files=files):
+            return _bundle(index, root, files[start:stop])
+        case IdxRange(files=files, start=first):
+            return _idx_range(index, files, first + start, first + stop)
+        case TarFile():
+            raise AssertionError("tars are not cut")

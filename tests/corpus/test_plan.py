@@ -273,3 +273,35 @@ def test_idx_that_is_not_the_published_one(idx: Path) -> None:
     rows = [row for shard in plan.shards for row in read_samples(shard)]
     assert len(rows) == 1500
     assert {row.problem and row.problem.reason for row in rows} == {Reason.UNREADABLE}
+
+
+def test_a_corpus_that_has_grown_is_cut_like_the_one_before(tmp_path: Path, idx: Path) -> None:
+    for index in range(300):
+        (tmp_path / f"{index:04d}.gif").write_bytes(b"GIF89a")
+    old = plan_corpus(str(tmp_path))
+    for index in range(300, 700):
+        (tmp_path / f"{index:04d}.gif").write_bytes(b"GIF89a")
+    plan = plan_corpus(str(tmp_path))
+    assert plan.cut_at([700, 9999, 0]).digest == plan.cut_at([]).digest == plan.digest == plan.digest_of_first(3)
+    assert plan.digest_of_first(2) != old.digest
+    cut = plan.cut_at([300])
+    assert [(shard.name, shard.num_samples) for shard in cut.shards] == [
+        ("files-000000", 256), ("files-000001", 44), ("files-000002", 212), ("files-000003", 188),
+    ]  # fmt: skip
+    assert cut.digest_of_first(2) == cut.first(2).digest == old.digest
+    assert [shard.index for shard in cut.shards] == [0, 1, 2, 3]
+    assert [sample.key for sample in read_all(cut)] == [sample.key for sample in read_all(plan)]
+    assert cut.cut_at([300, 600, 601]).cut_at([300, 600, 601]).digest == plan.cut_at([300, 600, 601]).digest
+    assert cut.num_bytes == plan.num_bytes
+
+    ranges = plan_corpus(idx_corpus(idx)).cut_at([100, 1024, 1500, 1505])
+    assert [shard.name for shard in ranges.shards] == [
+        "train[0:100]", "train[100:1024]", "train[1024:1500]", "test[0:5]", "test[5:10]",
+    ]  # fmt: skip
+    assert [s.key for s in read_all(ranges)] == [s.key for s in read_all(plan_corpus(idx_corpus(idx)))]
+    assert ranges.digest_of_first(3) == plan_corpus(idx_corpus(idx, "train")).cut_at([100]).digest
+
+
+def test_tars_are_not_cut(shards: Path) -> None:
+    plan = plan_corpus(str(shards))
+    assert plan.cut_at([5, 10, 17]) == plan

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.ordering import ShardCutter, ShardJob
-from vqmill.writer import Counts, Cursor
+from pipelines.ordering import ShardCutter, ShardJob, contiguous
+from vqmill.commits import Counts, Cursor
 
 Span = tuple[int, int, int, int]  # input shard, span, rows, quarantined
 
@@ -20,7 +20,7 @@ def spans_of(corpus: list[list[tuple[int, int]]]) -> list[Span]:
 def cut(
     spans: list[Span], units: int, rows_per_shard: int, first_shard: int = 0, cursor: Cursor | None = None
 ) -> list[ShardJob[Span]]:
-    cutter: ShardCutter[Span] = ShardCutter(rows_per_shard, first_shard, cursor)
+    cutter: ShardCutter[Span] = ShardCutter(rows_per_shard, ShardJob(first_shard), cursor or Cursor())
     jobs = [job for span in spans for job in cutter.add(span[0], span[1], span[2], Counts(span[2], span[3]), span)]
     return [*jobs, *cutter.finish(units)]
 
@@ -65,3 +65,31 @@ def test_resuming_at_any_commit_gives_the_same_shards(corpus: list[list[tuple[in
         assert [(j.shard, rows_of(j), quarantine_of(j), j.counts, j.cursor) for j in again] == [
             (j.shard, rows_of(j), quarantine_of(j), j.counts, j.cursor) for j in jobs[done:]
         ]
+
+
+@given(corpora, corpora, st.integers(1, 12))
+def test_a_longer_corpus_goes_on_in_the_last_shard_opened_again(
+    old: list[list[tuple[int, int]]], new: list[list[tuple[int, int]]], size: int
+) -> None:
+    spans = spans_of([*old, *new])
+    before = cut([span for span in spans if span[0] < len(old)], len(old), size)
+    whole = cut(spans, len(old) + len(new), size)
+    if not sum((job.counts for job in before), Counts()).seen:
+        return  # a store of no samples is never made, so there is nothing to open
+    last = before[-1]
+    cutter: ShardCutter[Span] = ShardCutter(size, ShardJob(last.shard, rows=last.rows, counts=last.counts), last.cursor)
+    jobs = [
+        job
+        for span in spans
+        if span[0] >= len(old)
+        for job in cutter.add(span[0], span[1], span[2], Counts(span[2], span[3]), span)
+    ]
+    jobs += cutter.finish(len(old) + len(new))
+    jobs[0].pieces[:0] = last.pieces
+    assert [*before[:-1], *jobs] == whole
+
+
+def test_runs_of_numbers() -> None:
+    assert list(contiguous([])) == []
+    assert list(contiguous([5])) == [(5, 5)]
+    assert list(contiguous([0, 1, 3, 4, 5, 9])) == [(0, 1), (3, 5), (9, 9)]

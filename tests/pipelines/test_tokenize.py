@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,11 +19,15 @@ import webdataset
 
 import tokenizer
 import vqmill
+from pipelines import encoder
+from pipelines.corpus.images import Preprocessing
 from pipelines.corpus.plan import plan_corpus
 from pipelines.encoder import Encoding
 from pipelines.errors import RunFailed
 from pipelines.tokenize import TokenizeOptions, TokenizeResult, tokenize_corpus
+from vqmill.commits import Cursor
 from vqmill.errors import UsageError
+from vqmill.layout import group_metadata
 from vqmill.verify import verify_store
 
 OPTIONS = TokenizeOptions(size=16, rows_per_shard=20)  # as the `reference` of conftest.py is made
@@ -148,7 +151,7 @@ def test_an_input_shard_that_keeps_killing_its_actor_is_named(
 
                     return describe_device("cpu")
 
-                def encode(self, shard: Any, first_span: int) -> Any:
+                def encode(self, shard: Any, first_span: int, stop_span: int | None) -> Any:
                     os._exit(9)
                     yield
 
@@ -163,15 +166,33 @@ def test_an_input_shard_that_keeps_killing_its_actor_is_named(
 
 
 def test_an_input_shard_that_ends_early_stops_the_job(scenes: str) -> None:
-    plan = plan_corpus(scenes)
-    longer = replace(plan.shards[2], num_samples=101)
-    from pipelines.tokenize import _Driver, _Running
+    from pipelines.spans import _Range, _Running
 
-    driver = object.__new__(_Driver)
-    driver._plan = replace(plan, shards=(*plan.shards[:2], longer))
-    driver._seen, driver._first_span = Counter({2: 100}), {}
+    plan = plan_corpus(scenes)
+    shards = (*plan.shards[:2], replace(plan.shards[2], num_samples=101))
+    stretch = _Range(shards, [], lambda: None, 4, Cursor(), 3, {}, lambda facts: None)
+    stretch.seen[2] = 100
     with pytest.raises(RunFailed, match="gave 100 samples, 101 were planned"):
-        driver._require_whole(_Running(2, None, 1))
+        stretch._require_whole(_Running(2, None, 1))
+    shards = (replace(plan.shards[0], num_samples=600),)
+    stretch = _Range(shards, [], lambda: None, 4, Cursor(0, 1), 1, {0: 2}, lambda facts: None)
+    stretch.seen[0] = 256
+    stretch._require_whole(_Running(0, None, 2))
+
+
+def test_an_input_shard_is_encoded_from_one_span_to_another(
+    scenes: str, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoder, "SPAN_SAMPLES", 40)
+    monkeypatch.setattr("torch.set_num_threads", lambda number: None)
+    made = encoder.SpanEncoder(
+        tokenizer.dumps(tokenizer.load(tokenizer_folder)), Preprocessing(size=16, channels=3), Encoding(), "cpu"
+    )
+    shard = plan_corpus(scenes).shards[0]
+    for first, stop, rows in ((0, None, [40, 40, 20]), (1, 2, [40]), (1, 3, [40, 20]), (2, 9, [20]), (1, 1, [])):
+        spans = list(made.spans(shard, first, stop))
+        assert [span.index for span in spans] == [first + number for number in range(len(rows))]
+        assert [span.samples.num_rows for span in spans] == rows
 
 
 def bad_corpus(folder: Path) -> str:
@@ -222,6 +243,43 @@ def test_a_corpus_without_a_good_sample_is_an_empty_store(tokenizer_folder: Path
     codes = vqmill.open_codes(tmp_path / "codes.zarr")
     assert (len(codes), codes.quarantine().num_rows, list(codes.batches(4))) == (0, 5, [])
     assert verify_store(tmp_path / "codes.zarr").problems == ()
+
+
+def without_segments(store: Path) -> dict[str, bytes]:
+    """The bytes of a store, but for the list of its segments."""
+    files = tree(store)
+    group = json.loads(files["zarr.json"])
+    for key in ("segments", "sha256"):
+        del group["attributes"]["vqmill"][key]
+    return files | {"zarr.json": json.dumps(group).encode()}
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_longer_corpus_is_appended_and_lost_files_are_made_again(
+    reference: Path, scenes: str, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "codes.zarr"
+    make(scenes.replace("000002}", "000000}"), tokenizer_folder, out)
+    with pytest.raises(UsageError, match=r"(?s)plan: there.*begins with the same 100 samples.*vqmill merge"):
+        make(scenes.replace("{000000..000002}", "000001"), tokenizer_folder, out)
+    result = make(scenes, tokenizer_folder, out, replace(OPTIONS, workers=2))
+    assert (result.rows, result.resumed_rows, result.appended_rows) == (300, 100, 200)
+    assert without_segments(out) == without_segments(reference)
+    spec = vqmill.open_codes(out).spec
+    assert [(part.first_row, part.first_commit, part.input_shards, part.num_samples) for part in spec.segments] == [
+        (0, 0, 1, 100),
+        (100, 5, 3, 300),
+    ]
+    assert spec.corpus == {**vqmill.open_codes(reference).spec.corpus}
+
+    before = tree(out)
+    for name in ("top/c/4/0/0", "label/c/7", "bottom/c/14/0/0"):
+        (out / name).unlink()
+    (out / "samples/part-000008.parquet").write_bytes(b"cut")
+    (out / "zarr.json").write_bytes(group_metadata(replace(spec, complete=False)))
+    result = make(scenes, tokenizer_folder, out)
+    assert (result.rows, result.resumed_rows, result.appended_rows, result.mended) == (300, 300, 0, (4, 7, 8, 14))
+    assert tree(out) == before
 
 
 def command(corpus: str, folder: Path, out: Path, workers: int) -> list[str]:

@@ -18,20 +18,21 @@ import vqmill
 from vqmill import LevelSpec, StoreSpec
 from vqmill import spec as spec_module
 from vqmill.layout import encode_label_shard, encode_zarr_shard, parquet_bytes
+from vqmill.spec import CODECS
 from vqmill.verify import verify_store
 from vqmill.writer import Counts, Cursor, StoreWriter, write_shard
 
 CODEBOOK_SIZES = st.one_of(
-    st.sampled_from([1, 2, 254, 255, 256, 257, 65_534, 65_535, 65_536, 65_537]), st.integers(1, 70_000)
+    st.sampled_from([1, 2, 254, 255, 256, 257, 65_534, 65_535, 65_536, 65_537, 2**32 - 1]), st.integers(1, 70_000)
 )
-GRIDS = st.lists(st.integers(1, 5), min_size=2, max_size=3).map(tuple)
+GRIDS = st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple)
 
 
 @st.composite
 def specs(draw):
     names = draw(st.sampled_from([["codes"], ["top", "bottom"], ["top", "middle", "bottom"]]))
     levels = tuple(LevelSpec(name, draw(CODEBOOK_SIZES), draw(GRIDS)) for name in names)
-    return StoreSpec(levels, draw(st.integers(1, 13)), {"fingerprint": "f"})
+    return StoreSpec(levels, draw(st.integers(1, 13)), {"fingerprint": "f"}, codec=draw(st.sampled_from(CODECS)))
 
 
 def read_with_zarr(store, name):

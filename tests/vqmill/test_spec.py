@@ -11,7 +11,15 @@ import pytest
 
 from vqmill import CodesError, LevelSpec, StoreSpec
 from vqmill.layout import group_metadata, read_spec
-from vqmill.spec import CHUNK_BYTES, MAX_ROWS_PER_SHARD, SHARD_BYTES, Segment, default_rows_per_shard, dtype_for
+from vqmill.spec import (
+    CHUNK_BYTES,
+    MAX_ROWS_PER_SHARD,
+    SHARD_BYTES,
+    Segment,
+    default_rows_per_shard,
+    dtype_for,
+    usable_rows_per_shard,
+)
 
 
 @pytest.mark.parametrize(
@@ -35,6 +43,19 @@ def test_dtype_is_the_narrowest_that_leaves_its_maximum_free(codebook_size, dtyp
 def test_codebook_sizes_that_do_not_fit_are_refused(codebook_size):
     with pytest.raises(CodesError):
         dtype_for(codebook_size)
+
+
+@pytest.mark.parametrize("grid", [(1,), (7, 7), (64, 64), (256, 300), (16, 64, 64)])
+@pytest.mark.parametrize("wanted", [1, 2, 17, 20, 1009, 1024, 4093, 99_991])
+def test_rows_per_zarr_shard_are_raised_until_chunks_are_large(grid, wanted):
+    finest, coarse = LevelSpec("bottom", 512, grid), LevelSpec("top", 512, (*grid[:-1], 1))
+    rows = usable_rows_per_shard([coarse, finest], wanted)
+    chunk = finest.rows_per_chunk(rows)
+    assert wanted <= rows < wanted + max(1, CHUNK_BYTES // finest.row_bytes)
+    assert rows == wanted if chunk == wanted else (chunk + 1) * finest.row_bytes > CHUNK_BYTES / 2
+    assert usable_rows_per_shard([coarse, finest], rows) == rows
+    if wanted & (wanted - 1) == 0 and grid != (256, 300):
+        assert rows == wanted
 
 
 @pytest.mark.parametrize("grid", [(7, 7), (32, 32), (64, 64), (16, 64, 64), (512, 512)])

@@ -15,7 +15,8 @@ import zarr
 from vqmill import CodesError, LevelSpec, StoreSpec
 from vqmill.layout import encode_label_shard, encode_zarr_shard
 from vqmill.tables import SAMPLES_SCHEMA
-from vqmill.verify import perplexity, verify_store
+from vqmill.usage import perplexity
+from vqmill.verify import verify_store
 from vqmill.writer import Counts
 
 
@@ -55,7 +56,7 @@ JSON_FILES = ["zarr.json", "top/zarr.json", "label/zarr.json", "commits/shard-00
 def complaints(store):
     """What verify says, whether as problems or because the store cannot be opened at all."""
     try:
-        return "\n".join(verify_store(store).problems)
+        return "\n".join(map(str, verify_store(store).problems))
     except CodesError as error:
         return str(error)
 
@@ -69,8 +70,9 @@ def test_a_flipped_byte_in_a_data_file_is_found_wherever_it_is(store, name):
         (store / name).write_bytes(flipped)
         found = verify_store(store).problems
         assert len(found) == 1
-        assert name in found[0]
-        assert "rows " in found[0]
+        assert found[0].kind == "damaged"
+        assert found[0].file == name
+        assert found[0].rows == (8 * found[0].shards[0], min(20, 8 * found[0].shards[0] + 7))
 
 
 @pytest.mark.parametrize("name", JSON_FILES)
@@ -142,7 +144,7 @@ def test_a_stray_file_is_found(store, name):
     (store / name).parent.mkdir(parents=True, exist_ok=True)
     (store / name).write_bytes(b"x")
     (problem,) = verify_store(store).problems
-    assert name in problem
+    assert (problem.kind, problem.file) == ("leftover", name)
 
 
 def test_all_damage_is_listed_not_the_first_alone(store):
@@ -155,8 +157,9 @@ def test_all_damage_is_listed_not_the_first_alone(store):
 def test_an_unfinished_store_is_a_problem(tmp_path, stores):
     spec = stores.two_levels
     path = stores.write(tmp_path / "codes.zarr", spec, stores.codes(spec, 21), stop_after=2)
-    (problem,) = verify_store(path).problems
-    assert "unfinished" in problem
+    found = verify_store(path)
+    assert [problem.kind for problem in found.problems] == ["unfinished"]
+    assert found.damage == ()
 
 
 def replace_codes(stores, store, rows):
@@ -173,8 +176,8 @@ def test_codes_beyond_the_codebook_are_found(store, stores):
     rows[3, 1, 2] = 512
     replace_codes(stores, store, rows)
     found = complaints(store)
-    assert "'top' holds code 512" in found
-    assert "rows 8..15" in found
+    assert "(level 'top', Zarr shard 1, row 11, " in found
+    assert "holds code 512 at row 11, but" in found
     assert "codebook_size is 512 (valid 0..511)" in found
 
 
@@ -191,7 +194,9 @@ def test_labels_that_differ_from_the_samples_are_found(store, stores):
     labels = np.arange(8, 16)
     (store / "label/c/1").write_bytes(encode_label_shard(stores.two_levels, labels))
     stores.recommit(store, 1, "label/c/1")
-    assert "array 'label', Zarr shard 1: differs from the samples table" in complaints(store)
+    (problem,) = verify_store(store).problems
+    assert (problem.kind, problem.array, problem.shards, problem.rows) == ("content", "label", (1, 1), (9, 14))
+    assert "differs from the samples table" in str(problem)
 
 
 @pytest.mark.parametrize("kind", ["short", "columns", "garbage"])
@@ -204,8 +209,7 @@ def test_a_wrong_table_is_found_even_with_a_matching_record(store, stores, kind,
         whole = pq.read_table(store / name, partitioning=None)
         pq.write_table(whole.slice(1) if kind == "short" else pa.table({"x": [1] * whole.num_rows}), store / name)
     stores.recommit(store, 1, name)
-    problems = verify_store(store).problems
-    assert any(name in problem for problem in problems)
+    assert name in [problem.file for problem in verify_store(store).problems]
 
 
 def test_a_zarr_shard_that_cannot_be_decoded_is_found_even_with_a_matching_record(store, stores):
@@ -214,7 +218,7 @@ def test_a_zarr_shard_that_cannot_be_decoded_is_found_even_with_a_matching_recor
         data[4] ^= 1
         (store / name).write_bytes(data)
         stores.recommit(store, 1, name)
-    problems = "\n".join(verify_store(store).problems)
+    problems = complaints(store)
     assert "Zarr shard 1" in problems
     assert "'top'" in problems
     assert "'label'" in problems

@@ -1,0 +1,89 @@
+"""Commit records: what belongs to a Zarr shard, what it stands for, and where in the corpus the next one begins."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from vqmill.errors import CodesError
+from vqmill.files import canonical_json, sealed
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Input samples: seen = encoded + quarantined + skipped."""
+
+    encoded: int = 0
+    quarantined: int = 0
+    skipped: int = 0
+
+    @property
+    def seen(self) -> int:
+        """All samples met."""
+        return self.encoded + self.quarantined + self.skipped
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(self.encoded + other.encoded, self.quarantined + other.quarantined, self.skipped + other.skipped)
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Where in the corpus the next Zarr shard begins: an input shard, a span in it, and rows of that span already written."""
+
+    input_shard: int = 0
+    span: int = 0
+    row: int = 0
+
+
+@dataclass(frozen=True)
+class Commit:
+    """The record that makes one Zarr shard count."""
+
+    shard: int
+    first_row: int
+    rows: int
+    cursor: Cursor
+    counts: Counts
+    files: Mapping[str, Mapping[str, Any]]
+
+    def to_bytes(self) -> bytes:
+        """The file's content: nothing of time, place or number of workers."""
+        return canonical_json(sealed(asdict(self)))
+
+    @classmethod
+    def read(cls, path: Path) -> Commit:
+        """Reads a record.
+
+        Raises:
+            CodesError: missing or damaged.
+        """
+        try:
+            record = json.loads(path.read_bytes())
+            if sealed(record) != record:
+                raise ValueError("not what its sha256 says")
+            numbers = [record[key] for key in ("shard", "first_row", "rows")]
+            numbers += [record["cursor"][field.name] for field in fields(Cursor)]
+            numbers += [record["counts"][field.name] for field in fields(Counts)]
+            if not all(type(number) is int and number >= 0 for number in numbers):
+                raise ValueError("numbers must be whole")
+            return cls(
+                shard=int(record["shard"]),
+                first_row=int(record["first_row"]),
+                rows=int(record["rows"]),
+                cursor=Cursor(**record["cursor"]),
+                counts=Counts(**record["counts"]),
+                files={str(name): dict(facts) for name, facts in record["files"].items()},
+            )
+        except FileNotFoundError as error:
+            raise CodesError(f"{path}: this commit record is missing. Restore it from a copy.") from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CodesError(f"{path}: damaged commit record ({error}). Restore it from a copy.") from error
+
+
+def file_facts(data: bytes) -> dict[str, Any]:
+    """What a commit record says of a file: its size in bytes and its SHA-256."""
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
