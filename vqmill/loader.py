@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from vqmill.errors import CodesError
+from vqmill.pools import PoolMemory
 from vqmill.source import (
     Allocate,
     Batch,
@@ -46,7 +47,10 @@ class CodeBatches:
         self._split = Split(batch_size, rank, world_size)
         self._last: LastBatch = last
         self._threads = num_threads(threads)
-        self._shape = self._source.shape(self._split, pool_bytes)
+        self._shape: Shape = self._source.shape(self._split, pool_bytes)
+        self._memory: PoolMemory | None = (
+            None  # of the last epoch, for the next: taking it anew costs as much as filling it
+        )
         self._epoch = 0
         self._place = 0  # of this epoch's order: what was given out to all ranks
 
@@ -75,11 +79,10 @@ class CodeBatches:
             CodesError: taken with another seed or over other rows, or damaged.
         """
         self._source.check(state)
-        self._epoch, self._place, self._shape = (
-            whole_number(state, "epoch"),
-            whole_number(state, "place"),
-            Shape.of(state),
-        )
+        epoch, place, shape = whole_number(state, "epoch"), whole_number(state, "place"), Shape.of(state)
+        if shape != self._shape:
+            self._memory = None
+        self._epoch, self._place, self._shape = epoch, place, shape
 
     def __iter__(self) -> Iterator[Batch]:
         return self.iterate(np.empty)
@@ -88,8 +91,9 @@ class CodeBatches:
         """The same as `iter()`, with memory for the batches from `allocate(shape, dtype)`: pinned memory, for example."""
         split, end = self._split, self._end()
         order = self._source.order(self._epoch, self._shape)
+        memory, self._memory = self._memory or self._source.memory(self._shape, split.world_size), None
         with reading_threads(self._threads) as executor:
-            stream = RowStream(self._source, self._shape, lambda turn: order, self._place, split, executor)
+            stream = RowStream(self._source, memory, lambda turn: order, self._place, split, executor)
             while self._place < end:
                 rows = min(split.global_size, end - self._place)
                 batch = self._source.empty(split.share(rows), allocate)
@@ -98,6 +102,7 @@ class CodeBatches:
                 if len(batch["row"]):
                     yield batch
         self._epoch, self._place = self._epoch + 1, 0
+        self._memory = memory
 
     def _end(self) -> int:
         """The place behind the epoch's last batch; behind the last row when batches are padded."""

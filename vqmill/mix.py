@@ -116,7 +116,14 @@ class MixedBatches:
         """The same as `iter()`, with memory for the batches from `allocate(shape, dtype)`."""
         with reading_threads(self._threads) as executor:
             streams = [
-                RowStream(source, shape, partial(source.order, shape=shape), place, self._split, executor)
+                RowStream(
+                    source,
+                    source.memory(shape, self._split.world_size),
+                    partial(source.order, shape=shape),
+                    place,
+                    self._split,
+                    executor,
+                )
                 for source, shape, place in zip(self._sources, self._shapes, self._places, strict=True)
             ]
             while True:

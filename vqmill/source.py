@@ -26,6 +26,7 @@ SPARE_POOLS = 2  # for each rank, to be filled while the others are used
 POOL_BLOCKS = 5  # for each row of a global batch: with blocks of equal rows, the worst case, batch means vary 1.23 times as much as i.i.d.
 MAX_POOL_BYTES = 512 * 1024 * 1024  # for each rank, when nothing was asked for
 ORDERED_BYTES = 24 * 1024 * 1024  # the same when rows come in their order
+IN_HAND_BYTES = 12 * 1024 * 1024  # of what was asked for: chunks that are being decoded or kept, batches under way
 MAX_THREADS = 8
 
 
@@ -120,7 +121,7 @@ class RowSource:
         ranks, row_bytes = split.world_size, self._codes.spec.row_bytes + 3 * 8  # label, number and order
         fewest = ranks * (1 + SPARE_POOLS)
         if pool_bytes is not None:
-            rows = ranks * (pool_bytes // row_bytes)
+            rows = ranks * ((pool_bytes - min(pool_bytes // 4, IN_HAND_BYTES)) // row_bytes)
             if rows < fewest:
                 raise CodesError(
                     f"pool_bytes={pool_bytes} is too little: at least {fewest // ranks} rows of {row_bytes:,} bytes are needed."
@@ -165,15 +166,15 @@ class RowStream:
     def __init__(
         self,
         source: RowSource,
-        shape: Shape,
+        memory: PoolMemory,
         order_of: Callable[[int], EpochOrder],
         place: int,
         split: Split,
         executor: Executor,
     ) -> None:
-        """Begins at a place of all ranks together, counted over all turns."""
+        """Begins at a place of all ranks together, counted over all turns; `memory` is from `RowSource.memory`, and nobody else's."""
         self._source, self._order_of, self._executor = source, order_of, executor
-        self._memory = source.memory(shape, split.world_size)
+        self._memory = memory
         self._place, self._stride = place + split.rank, split.world_size
         self._reader: EpochReader | None = None
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 ROW_COLUMN = "__row"
 MAX_TABLE_BYTES = 2 * 1024 * 1024 * 1024  # of one Parquet part
-LOADER_CACHE_BYTES = 4 * 1024 * 1024  # of each array: chunks that two pools share, and labels, whose chunks serve many
+LOADER_CACHE_BYTES = 1024 * 1024  # of each array: chunks that two pools share, and labels, whose chunks serve many
 
 
 def open_codes(path: str | os.PathLike[str], *, allow_incomplete: bool = False) -> Codes:
@@ -221,7 +221,7 @@ class Codes:
                 rows from the beginning of the epoch's order so that all ranks get equally many full batches.
             levels: which levels to read; all by default.
             rows: only these rows (int64, distinct): one side of a split, or what `select` found.
-            pool_bytes: memory of this rank for rows that are read and not yet given out. The larger, the closer to a full shuffle; if not
+            pool_bytes: memory of this rank for reading: rows that are not yet given out, chunks in hand. It is kept for the next epoch. The larger, the closer to a full shuffle; if not
                 given, what brings the variance of batch means within 1.25 of independent draws, up to 512 MiB.
             threads: that read and decode; one for each core, up to 8, if not given.
 

@@ -34,10 +34,15 @@ def codes(codes_and_rows):
     return codes_and_rows[0]
 
 
+def memory_for(stores, rows):
+    """`pool_bytes` for so many rows, a quarter of it being kept for what is in hand."""
+    return -(-rows * (stores.two_levels.row_bytes + 24) * 4 // 3)
+
+
 @pytest.fixture(params=[3, 10, 30, 10_000], ids=lambda rows: f"pool{rows}")
 def pool(request, stores):
     """Memory for the fewest rows that will do, for some pools an epoch, and for all rows in one."""
-    return {"pool_bytes": request.param * (stores.two_levels.row_bytes + 24)}
+    return {"pool_bytes": memory_for(stores, request.param)}
 
 
 def labels_of(batches):
@@ -84,7 +89,7 @@ def test_the_order_does_not_depend_on_the_number_of_threads(codes, pool):
 
 def test_the_order_is_the_same_in_every_release(codes, stores):
     """Draws are Philox's raw ones: a change of this list breaks the states that people have saved."""
-    memory = {"pool_bytes": 30 * (stores.two_levels.row_bytes + 24)}
+    memory = {"pool_bytes": memory_for(stores, 30)}
     assert flat(codes.batches(16, shuffle=True, seed=7, **memory))[:16] == FIRST_ROWS
 
 
@@ -184,7 +189,7 @@ def test_ranks_read_different_lanes(codes, stores, monkeypatch):
     read = []
     original = RowReader.read
     monkeypatch.setattr(RowReader, "read", lambda self, rows, out: read.append(len(rows)) or original(self, rows, out))
-    memory = 30 * (stores.two_levels.row_bytes + 24)
+    memory = memory_for(stores, 30)
     for shuffle in (False, True):
         for rank in range(4):
             read.clear()
@@ -276,6 +281,15 @@ def test_a_subset_of_levels(codes):
 def test_options_out_of_range_are_refused_at_once(codes, options):
     with pytest.raises(CodesError):
         codes.batches(**{"batch_size": 4} | options)
+
+
+def test_iterators_of_one_loader_do_not_share_memory(codes, pool):
+    """Two at once go on from the same place: each row of each is right, wherever the other one is."""
+    loader = codes.batches(4, shuffle=True, **pool)
+    list(loader)
+    first, second = iter(loader), iter(loader)
+    for batch in (next(first), next(second), next(second), next(first), next(second)):
+        np.testing.assert_array_equal(batch["label"], batch["row"])
 
 
 def test_a_code_out_of_range_stops_the_epoch(store, stores):
