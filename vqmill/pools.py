@@ -17,6 +17,7 @@ from vqmill.order import EpochOrder, Integers
 from vqmill.reader import RowReader
 
 PIECE_BYTES = 2 * 1024 * 1024  # what a thread decodes at a time, so that all of them help with the first pools
+LOCATED_PLACES = 4096
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class EpochReader:
         """
         self._order, self._readers, self._memory, self._executor = order, readers, memory, executor
         self._place, self._stride = start, stride
+        self._located = (np.empty(0, np.int64),) * 4  # places, and what `EpochOrder.locate` says of them
         slots, self._slot_rows = memory.order.shape
         self._free = list(range(slots))
         self._slot_of = np.zeros((order.lanes, slots), np.int64)  # by lane, and by number of the pool modulo slots
@@ -90,22 +92,31 @@ class EpochReader:
         Raises:
             CodesError: something could not be read.
         """
-        places = self._place + self._stride * np.arange(len(out["row"]))
-        lanes, pools, inside = self._order.locate(places)
+        places, lanes, pools, inside = self._locate(len(out["row"]))
         done = 0
         while done < len(places):
             self._fill_ahead()
             unready = self._upcoming[0][0] if self._upcoming else self._order.num_rows
-            stop = int(np.searchsorted(places, unready))
+            stop = int(places.searchsorted(unready))
             assert stop > done, "no memory for the next pool"
             self._wait_for(int(places[stop - 1]))
             slots = self._slot_of[lanes[done:stop], pools[done:stop] % len(self._memory.order)]
             index = self._memory.order[slots, inside[done:stop]]
             for name, array in out.items():
-                np.take(self._memory.values[name], index, axis=0, out=array[done:stop], mode="clip")
+                self._memory.values[name].take(index, axis=0, out=array[done:stop], mode="clip")
             done = stop
             self._place = int(places[stop - 1]) + self._stride
         self._fill_ahead()
+
+    def _locate(self, count: int) -> tuple[Integers, Integers, Integers, Integers]:
+        """The next places, and where their rows are; computed for many at a time, which costs little more than for a few."""
+        done = (self._place - self._located[0][0]) // self._stride if len(self._located[0]) else 0
+        if done + count > len(self._located[0]):
+            stop = min(self._order.num_rows, self._place + max(count, LOCATED_PLACES) * self._stride)
+            places = np.arange(self._place, stop, self._stride)
+            self._located, done = (places, *self._order.locate(places)), 0
+        places, lanes, pools, inside = (part[done : done + count] for part in self._located)
+        return places, lanes, pools, inside
 
     def _wait_for(self, place: int) -> None:
         """Waits until all pools that begin up to a place are filled."""
