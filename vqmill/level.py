@@ -67,6 +67,11 @@ class LevelArray:
         """The stored dtype: uint8, uint16 or uint32."""
         return self._source.dtype
 
+    @property
+    def chunk_rows(self) -> int:
+        """Rows that are stored, and decoded, together."""
+        return self._source.chunk_shape[0]
+
     def row_reader(self, cache_bytes: int) -> RowReader:
         """Reads rows into memory that is there already: for loaders. It keeps so many bytes of decoded chunks."""
         return RowReader(self._source, self._check, self._name, cache_bytes)
@@ -102,6 +107,8 @@ class LevelArray:
             if wanted.shape != (self._num_rows,):
                 raise IndexError(f"a mask over {self._num_rows} rows is expected, got shape {wanted.shape}")
             return np.flatnonzero(wanted)
+        if wanted.dtype.kind == "u" and wanted.size and wanted.max() >= self._num_rows:
+            raise IndexError(f"row {wanted.max()} is not in 0..{self._num_rows - 1}")
         return self._checked(wanted.astype(np.int64))
 
     def _read(self, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from vqmill.errors import CodesError
+from vqmill.order import philox
 from vqmill.settings import different_settings
 from vqmill.source import (
     Allocate,
@@ -18,6 +19,7 @@ from vqmill.source import (
     RowStream,
     Shape,
     Split,
+    checked_integer,
     num_threads,
     reading_threads,
     whole_number,
@@ -36,7 +38,7 @@ class MixedBatches:
     """
 
     def __init__(
-        self, stores: Sequence[tuple[Codes, float]], batch_size: int, *, shuffle: bool = True, seed: int = 0, rank: int = 0, world_size: int = 1,
+        self, stores: Sequence[tuple[Codes, float]], batch_size: int, *, shuffle: bool = False, seed: int = 0, rank: int = 0, world_size: int = 1,
         levels: Sequence[str] | None = None, rows: Sequence[np.ndarray[Any, Any] | None] | None = None, pool_bytes: int | None = None,
         threads: int | None = None,
     ) -> None:  # fmt: skip
@@ -45,13 +47,13 @@ class MixedBatches:
         Args:
             stores: each with its weight, above 0; weights need not sum to one.
             batch_size: rows of a batch on this rank.
-            shuffle: see `Codes.batches`, as for all that follow.
+            shuffle: whether each store's rows come in another order every epoch of it.
             seed: names the orders; each store has its own.
             rank: which part of each global batch is ours.
             world_size: how many ranks share it.
             levels: which levels to read; all by default.
             rows: for each store which rows, or None for all.
-            pool_bytes: memory of this rank, divided among the stores by weight.
+            pool_bytes: memory of this rank, divided among the stores by weight; by default that of `Codes.batches`, divided likewise.
             threads: that read and decode.
 
         Raises:
@@ -67,16 +69,18 @@ class MixedBatches:
             raise CodesError(
                 f"rows: {len(chosen)} selections for {len(stores)} stores; give one for each, None for all rows."
             )
+        seed = checked_integer("seed", seed, 0, 2**64 - 1)
         self._sources = [
-            RowSource(codes, names, which, shuffle, seed) for (codes, _), which in zip(stores, chosen, strict=True)
+            RowSource(codes, names, which, shuffle, int(philox(seed, number).random_raw()))
+            for number, ((codes, _), which) in enumerate(zip(stores, chosen, strict=True))
         ]
         for (codes, _), source in zip(stores, self._sources, strict=True):
             if source.num_rows == 0:
                 raise CodesError(f"{codes.place.name}: no rows to mix in. Leave this store out, or choose other rows.")
-        self._split = Split(batch_size, rank, world_size)
+        self._split = Split.checked(batch_size, rank, world_size)
         self._threads = num_threads(threads)
         self._shapes = [
-            source.shape(self._split, None if pool_bytes is None else int(pool_bytes * weight))
+            source.shape(self._split, None if pool_bytes is None else int(pool_bytes * weight), weight)
             for source, weight in zip(self._sources, self._weights, strict=True)
         ]
         self._places = [0] * len(stores)  # rows of each store that were given to all ranks
@@ -102,6 +106,9 @@ class MixedBatches:
             raise CodesError(
                 f"the loader's state was taken with weights {state.get('weights')}, this loader has {mine}."
             )
+        found_stores = cast("list[object]", stores)
+        if len(found_stores) != len(mine) or not all(isinstance(found, Mapping) for found in found_stores):
+            raise CodesError(f"the loader's state is damaged: it has {len(found_stores)} stores, expected {len(mine)}.")
         states = cast("list[Mapping[str, Any]]", stores)
         for source, found in zip(self._sources, states, strict=True):
             source.check(found)
@@ -169,9 +176,11 @@ def _shares(weights: Sequence[float]) -> list[Fraction]:
 def _check_alike(first: Codes, other: Codes) -> None:
     def facts(codes: Codes) -> dict[str, Any]:
         levels = {level.name: {"codebook_size": level.codebook_size, "grid": level.grid} for level in codes.spec.levels}
-        return {"levels": levels, "fingerprint": codes.spec.tokenizer.get("fingerprint")}
+        found = {"levels": levels, "fingerprint": codes.spec.tokenizer.get("fingerprint")}
+        return found | ({"class_names": codes.class_names} if first.class_names and other.class_names else {})
 
-    differences = list(different_settings(facts(first), facts(other)))
+    sides = (first.place.name, other.place.name)
+    differences = list(different_settings(facts(first), facts(other), sides=sides))
     if differences:
         listing = "\n".join(f"  {line}" for line in differences)
         raise CodesError(

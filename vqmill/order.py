@@ -5,7 +5,7 @@ Rows are shuffled in two steps, so that memory stays bounded while what lies tog
 1. Blocks of neighbouring rows (a chunk of the coarsest level) are put into a pseudo-random order. The rows in that order are cut into
    `lanes` equal stretches; the epoch takes one row of each lane in turn, so place p is row p // lanes of lane p % lanes. Ranks read
    different lanes when the world size divides their number, and the same order whatever it is.
-2. Each lane is read in pools of `pool_rows` rows, and the rows of a pool are permuted. The first pools have different lengths, so that
+2. Each lane is read in pools of `pool_rows` rows, and the rows of a pool are permuted. The first pools have different lengths, from a half to a whole, so that
    the lanes come to their ends one after the other and the next pool of one can be read while the others are used.
 
 A function of (seed, epoch, lanes, pool_rows) and the chosen rows; of nothing else.
@@ -15,18 +15,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from math import isqrt
 from typing import Any
 
 import numpy as np
 
 Integers = np.ndarray[Any, np.dtype[np.int64]]
 ROUNDS = 8
+TABLE_SIZE = 4096  # up to which a permutation is drawn at once, uniform among all
 
 
 class Permutation:
-    """A pseudo-random bijection on 0..n-1, computed where it is asked: no table.
+    """A pseudo-random bijection on 0..n-1, computed where it is asked: a small one is a table, a large one takes no memory.
 
-    An alternating Feistel network on pairs (x mod a, x div a) with a * a >= n, cycle-walked into 0..n-1 (Black and Rogaway 2002,
+    The large ones: an alternating Feistel network on pairs (x mod a, x div a) with a * a >= n, cycle-walked into 0..n-1 (Black and Rogaway 2002,
     "Ciphers with arbitrary finite domains"); the round function is the finaliser of SplitMix64, its keys are Philox(seed, stream).
 
     >>> sorted(Permutation(5, seed=0, stream=0)(np.arange(5)).tolist())
@@ -35,20 +37,22 @@ class Permutation:
 
     def __init__(self, n: int, seed: int, stream: int) -> None:
         self._n = n
-        width = 1
-        while width * width < n:
-            width += 1
+        self._table = self._inverse = None
+        if n <= TABLE_SIZE:
+            self._table = np.argsort(philox(seed, stream).random_raw(n), kind="stable")
+            self._inverse = np.argsort(self._table)
+        width = isqrt(max(n, 1) - 1) + 1
         self._width = np.uint64(width)
         self._height = np.uint64(-(-n // width))
         self._keys = philox(seed, stream).random_raw(ROUNDS)
 
     def __call__(self, places: Integers) -> Integers:
         """Which element is at each place, int64."""
-        return self._walk(places, forward=True)
+        return self._table[places] if self._table is not None else self._walk(places, forward=True)
 
     def place_of(self, elements: Integers) -> Integers:
         """The inverse: at which place each element is, int64."""
-        return self._walk(elements, forward=False)
+        return self._inverse[elements] if self._inverse is not None else self._walk(elements, forward=False)
 
     def _walk(self, values: Integers, *, forward: bool) -> Integers:
         found = self._network(values.astype(np.uint64), forward=forward)
@@ -187,10 +191,7 @@ class EpochOrder:
 
     @cached_property
     def _first_pools(self) -> Integers:
-        """Rows of each lane's first pool, by lane."""
+        """Rows of each lane's first pool, by lane: from half a pool to a whole one."""
         lanes = np.arange(self.lanes)
-        return (
-            np.full_like(lanes, self.pool_rows)
-            if self.shuffle is None
-            else -(-self.pool_rows * (lanes + 1) // self.lanes)
-        )
+        whole = np.full_like(lanes, self.pool_rows)
+        return whole if self.shuffle is None else -(-whole * (self.lanes + lanes + 1) // (2 * self.lanes))

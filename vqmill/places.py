@@ -71,19 +71,20 @@ class _LocalFile:
     """Closed when the last one who reads from it lets go. A file that a writer replaces meanwhile stays readable."""
 
     def __init__(self, path: str) -> None:
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would wait for its writer
-        found = os.fstat(self._descriptor)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would wait for its writer
+        self._file = os.fdopen(descriptor, "rb", buffering=0)  # an object that closes itself, and refuses to be copied
+        found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
             raise CodesError("not a plain file")
         self.size = found.st_size
 
     def read_into(self, start: int, buffer: Bytes) -> int:
         """See `OpenFile`."""
-        return os.preadv(self._descriptor, [buffer.data], start)
+        return os.preadv(self._file.fileno(), [buffer.data], start)
 
     def __del__(self) -> None:
-        if hasattr(self, "_descriptor"):
-            os.close(self._descriptor)
+        if hasattr(self, "_file"):
+            self._file.close()
 
 
 class Bucket:
@@ -114,6 +115,9 @@ class Bucket:
             self.store: Any = obstore.store.from_url(url, client_options=options)  # pyright: ignore
         except Exception as error:  # obstore's errors have no base class in common
             raise UsageError(f"{self.name}: not an address that can be read: {_first_line(error)}") from error
+
+    def __reduce__(self) -> tuple[type[Bucket], tuple[str]]:
+        return Bucket, (self.name,)
 
     def open(self, file: str) -> OpenFile:
         """See `Place`."""

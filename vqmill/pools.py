@@ -73,14 +73,17 @@ class EpochReader:
         self._located = (np.empty(0, np.int64),) * 4  # places, and what `EpochOrder.locate` says of them
         slots, self._slot_rows = memory.order.shape
         self._free = list(range(slots))
-        self._slot_of = np.zeros((order.lanes, slots), np.int64)  # by lane, and by number of the pool modulo slots
-        self._filling: deque[tuple[int, list[Future[None]]]] = deque()  # (first place, what is still being read)
-        self._in_use: list[tuple[int, int]] = []  # a heap of (last place, slot)
-        self._upcoming: list[tuple[int, int, int]] = []  # a heap of (first place, lane, pool), one for each lane
-        first_places = range(start, min(start + stride * order.lanes, order.num_rows), stride)
-        for lane in sorted({place % order.lanes for place in first_places}):
-            place = start + (lane - start) % order.lanes  # the first of this lane from `start` on
-            self._announce(lane, int(order.locate(np.array([place]))[1][0]))
+        self._slots: dict[int, int] = {}  # of the pools in memory, by pool * lanes + lane
+        self._table = (np.empty(0, np.int64),) * 2  # the same, sorted
+        self._filling: deque[tuple[int, list[Future[None]]]] = (
+            deque()
+        )  # (first place of ours, what is still being read)
+        self._in_use: list[tuple[int, int]] = []  # a heap of (last place of ours, pool * lanes + lane)
+        self._upcoming: list[
+            tuple[int, int, int]
+        ] = []  # a heap of (first place of ours, lane, pool), one for each lane
+        for lane in range(order.lanes):
+            self._announce(lane, max(0, -(-(start - lane) // order.lanes)))
         self._fill_ahead()
 
     def take(self, out: Mapping[str, np.ndarray[Any, Any]]) -> None:
@@ -100,7 +103,8 @@ class EpochReader:
             stop = int(places.searchsorted(unready))
             assert stop > done, "no memory for the next pool"
             self._wait_for(int(places[stop - 1]))
-            slots = self._slot_of[lanes[done:stop], pools[done:stop] % len(self._memory.order)]
+            keys, slots = self._table
+            slots = slots[keys.searchsorted(pools[done:stop] * self._order.lanes + lanes[done:stop])]
             index = self._memory.order[slots, inside[done:stop]]
             for name, array in out.items():
                 self._memory.values[name].take(index, axis=0, out=array[done:stop], mode="clip")
@@ -129,24 +133,41 @@ class EpochReader:
         for _, pieces in self._filling:
             wait(pieces)
 
-    def _announce(self, lane: int, pool: int) -> None:
-        start, stop = self._order.pool_bounds(lane, pool)
-        if start < stop:
-            heapq.heappush(self._upcoming, (start * self._order.lanes + lane, lane, pool))
+    def _announce(self, lane: int, offset: int) -> None:
+        """Notes the next pool of a lane that holds a row of ours at or behind an offset; others are never read."""
+        first, step = self._ours(lane)
+        offset += (first - offset) % step
+        if first >= 0 and offset < self._order.lane_rows(lane):
+            place = offset * self._order.lanes + lane
+            pool = int(self._order.locate(np.array([place]))[1][0])
+            heapq.heappush(self._upcoming, (place, lane, pool))
+
+    def _ours(self, lane: int) -> tuple[int, int]:
+        """Which offsets of a lane are at places of this rank: the first, and the step to the next; the first is -1 when none is."""
+        common = gcd(self._order.lanes, self._stride)
+        step, missing = self._stride // common, (self._place - lane) % self._stride
+        if missing % common:
+            return -1, step
+        return missing // common * pow(self._order.lanes // common, -1, step) % step, step
 
     def _fill_ahead(self) -> None:
         """Frees what lies behind the next place, and begins to fill as many of the next pools as there is room for."""
-        self._wait_for(self._place - 1)  # also for pools of which no row was ours: their memory is next
+        lanes, before = self._order.lanes, len(self._filling)
         while self._in_use and self._in_use[0][0] < self._place:
-            self._free.append(heapq.heappop(self._in_use)[1])
+            self._free.append(self._slots.pop(heapq.heappop(self._in_use)[1]))
         while self._free and self._upcoming:
             first_place, lane, pool = heapq.heappop(self._upcoming)
-            slot = self._free.pop()
-            self._slot_of[lane, pool % len(self._memory.order)] = slot
-            _, stop = self._order.pool_bounds(lane, pool)
-            heapq.heappush(self._in_use, ((stop - 1) * self._order.lanes + lane, slot))
+            slot, key = self._free.pop(), pool * lanes + lane
+            stop = self._order.pool_bounds(lane, pool)[1]
+            first, step = self._ours(lane)
+            last = stop - 1 - (stop - 1 - first) % step
+            self._slots[key] = slot
+            heapq.heappush(self._in_use, (last * lanes + lane, key))
             self._filling.append((first_place, self._fill(lane, pool, slot)))
-            self._announce(lane, pool + 1)
+            self._announce(lane, stop)
+        if len(self._filling) > before:
+            table = np.array(sorted(self._slots.items()))
+            self._table = (table[:, 0].copy(), table[:, 1].copy())
 
     def _fill(self, lane: int, pool: int, slot: int) -> list[Future[None]]:
         rows = self._order.rows_of(lane, pool)

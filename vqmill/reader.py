@@ -19,7 +19,7 @@ from vqmill.chunks import MISSING, ChunkLayout, crc32c, decode_chunk
 from vqmill.errors import CodesError
 from vqmill.places import OpenFile, Place
 
-OPEN_SHARDS = 128  # of each array: a file descriptor and an index of some kilobytes
+OPEN_SHARDS = 32  # of each array: a file descriptor and an index, of some kilobytes as our writers cut
 CACHE_BYTES = 32 * 1024 * 1024  # decoded chunks of each array, for those who read row by row
 
 
@@ -76,15 +76,14 @@ class _OpenShard:
         data = buffer.tobytes()
         if not there or crc32c(data[:-4]) != int.from_bytes(data[-4:], "little"):
             raise CodesError(f"its index is damaged, or the file is cut short ({size:,} bytes)")
-        index = np.frombuffer(data, "<u8", 2 * layout.chunks_per_shard).reshape(-1, 2)
-        starts, sizes = index[index[:, 0] != MISSING].T
+        self.index = np.frombuffer(data, "<u8", 2 * layout.chunks_per_shard).reshape(-1, 2)
+        starts, sizes = self.index[self.index[:, 0] != MISSING].T
         if (
             (sizes > layout.max_chunk_bytes).any()
             or (starts > size).any()
             or (starts + sizes > size - index_bytes).any()
         ):
             raise CodesError("its index names places outside the file, or chunks larger than their rows can be")
-        self.index: list[list[int]] = index.tolist()
 
 
 class ShardedArray:
@@ -107,7 +106,7 @@ class ShardedArray:
         """See `ChunkSource`."""
         number, inner = divmod(chunk, self._layout.chunks_per_shard)
         shard = self._open(number)
-        start, size = shard.index[inner]
+        start, size = shard.index[inner].tolist()
         try:
             if start == MISSING:
                 raise CodesError("it is missing")
@@ -187,7 +186,7 @@ class RowReader:
             except CodesError as error:
                 first = chunk * self.chunk_rows
                 raise CodesError(
-                    f"{self._name} cannot be read in rows {first}..{first + self.chunk_rows - 1}: {error}. Restore it from a copy."
+                    f"{self._name} cannot be read in rows {first}..{first + self.chunk_rows - 1}: {error}. See: vqmill verify."
                 ) from error
             self._check(place, int(rows[start]))
 

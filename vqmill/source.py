@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 import os
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -15,18 +17,21 @@ import numpy as np
 from vqmill.errors import CodesError
 from vqmill.order import BlockOrder, EpochOrder, Integers
 from vqmill.pools import EpochReader, PoolMemory, lanes_read
+from vqmill.spec import MAX_ROWS
 
 if TYPE_CHECKING:
     from vqmill.store import Codes
 
 Batch = dict[str, np.ndarray[Any, Any]]
 Allocate = Callable[[tuple[int, ...], np.dtype[Any]], np.ndarray[Any, Any]]
-LANES = 16  # at least; more ranks have one each
+LANES = 32  # at least; more ranks have one each
 SPARE_POOLS = 2  # for each rank, to be filled while the others are used
 POOL_BLOCKS = 5  # for each row of a global batch: with blocks of equal rows, the worst case, batch means vary 1.23 times as much as i.i.d.
 MAX_POOL_BYTES = 512 * 1024 * 1024  # for each rank, when nothing was asked for
 ORDERED_BYTES = 24 * 1024 * 1024  # the same when rows come in their order
 IN_HAND_BYTES = 12 * 1024 * 1024  # of what was asked for: chunks that are being decoded or kept, batches under way
+MAX_RANKS = 2**20
+ROW_BYTES = 64  # of each row beside its codes: label, number, order, and what is needed to compute these
 MAX_THREADS = 8
 
 
@@ -45,7 +50,7 @@ class Shape:
             CodesError: damaged.
         """
         lanes, pool_rows = whole_number(state, "lanes"), whole_number(state, "pool_rows")
-        if not (lanes and pool_rows):
+        if not (1 <= lanes <= MAX_RANKS and 1 <= pool_rows <= MAX_ROWS):
             raise CodesError(f"the loader's state is damaged: {lanes} lanes, pools of {pool_rows} rows.")
         return cls(lanes, pool_rows)
 
@@ -58,13 +63,17 @@ class Split:
     rank: int
     world_size: int
 
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise CodesError(f"batch_size must be at least 1, got {self.batch_size}.")
-        if not 0 <= self.rank < self.world_size:
-            raise CodesError(
-                f"rank must be in 0..{self.world_size - 1} for world_size {self.world_size}, got {self.rank}."
-            )
+    @classmethod
+    def checked(cls, batch_size: int, rank: int, world_size: int) -> Split:
+        """As users give them: any kind of integer.
+
+        Raises:
+            CodesError: out of range.
+        """
+        ranks = checked_integer("world_size", world_size, 1, MAX_RANKS)
+        return cls(
+            checked_integer("batch_size", batch_size, 1, 2**32), checked_integer("rank", rank, 0, ranks - 1), ranks
+        )
 
     @property
     def global_size(self) -> int:
@@ -82,23 +91,33 @@ class RowSource:
     def __init__(
         self, codes: Codes, levels: tuple[str, ...], rows: np.ndarray[Any, Any] | None, shuffle: bool, seed: int
     ) -> None:
-        if not 0 <= seed < 2**64:
-            raise CodesError(f"seed must be in 0..{2**64 - 1}, got {seed}.")
-        self._codes, self._levels, self._shuffle, self._seed = codes, levels, shuffle, seed
-        self._rows = len(codes) if rows is None else _checked_rows(rows, len(codes))
-        self.num_rows = self._rows if isinstance(self._rows, int) else len(self._rows)
-        chosen = (
-            f"all {self._rows}"
-            if isinstance(self._rows, int)
-            else hashlib.sha256(self._rows.tobytes()).hexdigest()[:16]
-        )
-        self.identity = {"seed": seed, "shuffle": shuffle, "rows": chosen}
+        """Looks at the chosen rows, at nothing of the store.
+
+        Raises:
+            CodesError: an option out of its range.
+        """
+        self._shuffle, self._seed = _checked_flag(shuffle), checked_integer("seed", seed, 0, 2**64 - 1)
+        self._codes, self._levels = codes, levels
+        if rows is None:
+            self._rows: int | Integers = len(codes)
+            self.num_rows, chosen = len(codes), f"all {len(codes)}"
+        else:
+            self._rows = _checked_rows(rows, len(codes))
+            self.num_rows, chosen = len(self._rows), hashlib.sha256(self._rows.tobytes()).hexdigest()[:16]
+        self._block_rows = max(codes[level].chunk_rows for level in codes.levels)
         spec = codes.spec
-        self._block_rows = max(level.rows_per_chunk(spec.rows_per_shard) for level in spec.levels)
+        self.identity: dict[str, Any] = {
+            "tokenizer": spec.tokenizer.get("fingerprint"),
+            "block_rows": self._block_rows,
+            "seed": self._seed,
+            "shuffle": self._shuffle,
+            "rows": chosen,
+        }
         self._arrays = {
             "label": ((), np.dtype(np.int64)),
             **{name: (spec.level(name).grid, spec.level(name).dtype) for name in levels},
         }
+        self._row_bytes = sum(spec.level(name).row_bytes for name in levels) + ROW_BYTES
 
     def check(self, state: Mapping[str, Any]) -> None:
         """Refuses a state of another order.
@@ -112,32 +131,47 @@ class RowSource:
                     f"the loader's state was taken with {name}={state.get(name)!r}, this loader has {mine!r}."
                 )
 
-    def shape(self, split: Split, pool_bytes: int | None) -> Shape:
+    def shape(self, split: Split, pool_bytes: int | None, share: Fraction = Fraction(1)) -> Shape:
         """Lanes and pools, by the number of ranks and the memory that each may use.
 
+        Args:
+            split: the ranks and their batches.
+            pool_bytes: memory of a rank; None for what the shuffle wants.
+            share: of the batches, when rows of other stores are in them.
+
         Raises:
-            CodesError: not even one row fits.
+            CodesError: too few rows fit.
         """
-        ranks, row_bytes = split.world_size, self._codes.spec.row_bytes + 3 * 8  # label, number and order
-        fewest = ranks * (1 + SPARE_POOLS)
+        ranks = split.world_size
+        lanes = ranks * -(-LANES // ranks) if self._shuffle else ranks
+        pools = lanes // ranks + SPARE_POOLS  # of a rank
         if pool_bytes is not None:
-            rows = ranks * ((pool_bytes - min(pool_bytes // 4, IN_HAND_BYTES)) // row_bytes)
-            if rows < fewest:
-                raise CodesError(
-                    f"pool_bytes={pool_bytes} is too little: at least {fewest // ranks} rows of {row_bytes:,} bytes are needed."
-                )
+            usable = pool_bytes - min(pool_bytes // 4, IN_HAND_BYTES)
         elif self._shuffle:
-            rows = max(
-                fewest, min(POOL_BLOCKS * self._block_rows * split.global_size, ranks * (MAX_POOL_BYTES // row_bytes))
-            )
+            usable = int(MAX_POOL_BYTES * share)
         else:
-            rows = max(fewest, ranks * (ORDERED_BYTES // row_bytes))
-        if not self._shuffle:
-            return Shape(ranks, rows // fewest)
-        if self.num_rows <= rows:  # all at once: one pool for each rank
-            return Shape(ranks, max(1, -(-self.num_rows // ranks) * ranks))
-        lanes = ranks * max(1, min(-(-LANES // ranks), rows // ranks - SPARE_POOLS))
-        return Shape(lanes, rows // (lanes + ranks * SPARE_POOLS))
+            usable = int(ORDERED_BYTES * share)
+        rows = usable // self._row_bytes  # of a rank
+        if pool_bytes is None and self._shuffle:
+            wanted = int(POOL_BLOCKS * self._block_rows * split.global_size * share)
+            rows = min(rows, max(1, wanted // lanes) * pools)
+        if self._shuffle and self.num_rows <= rows * ranks:  # all at once: one pool for each rank
+            return Shape(ranks, max(1, 2 * -(-self.num_rows // ranks)))
+        if pool_bytes is None:
+            rows = max(rows, pools)
+        fewest = 1 + SPARE_POOLS
+        if rows < fewest:
+            raise CodesError(
+                f"pool_bytes={pool_bytes} is too little: at least {fewest * self._row_bytes * 4 // 3 + 3:,} are needed for {fewest} rows"
+                f"{'' if share == 1 else f', and this is the share of one store ({float(share):.3g})'}."
+            )
+        if rows < pools:  # lanes of one rank share a pool's place
+            lanes, pools = ranks * (rows - SPARE_POOLS), rows
+        return Shape(lanes, rows // pools)
+
+    def memory_bytes(self, shape: Shape, world_size: int) -> int:
+        """What one rank's pools take."""
+        return self._slots(shape, world_size) * self._slot_rows(shape) * self._row_bytes
 
     def order(self, epoch: int, shape: Shape) -> EpochOrder:
         """The order of an epoch."""
@@ -146,9 +180,15 @@ class RowSource:
 
     def memory(self, shape: Shape, world_size: int) -> PoolMemory:
         """Room for one rank's pools."""
-        slot_rows = min(shape.pool_rows, -(-self.num_rows // shape.lanes))
         arrays = {"row": ((), np.dtype(np.int64)), **self._arrays}
-        return PoolMemory.allocate(lanes_read(shape.lanes, world_size) + SPARE_POOLS, slot_rows, arrays)
+        return PoolMemory.allocate(self._slots(shape, world_size), self._slot_rows(shape), arrays)
+
+    def _slots(self, shape: Shape, world_size: int) -> int:
+        one_each = shape.pool_rows >= 2 * -(-self.num_rows // shape.lanes)  # half a pool, the first one, is a lane
+        return lanes_read(shape.lanes, world_size) + (0 if one_each else SPARE_POOLS)
+
+    def _slot_rows(self, shape: Shape) -> int:
+        return min(shape.pool_rows, -(-self.num_rows // shape.lanes))
 
     def reader(self, order: EpochOrder, memory: PoolMemory, executor: Executor, start: int, stride: int) -> EpochReader:
         """One rank's rows of an epoch."""
@@ -202,9 +242,31 @@ def num_threads(threads: int | None) -> int:
     Raises:
         CodesError: fewer than one.
     """
-    if threads is not None and threads < 1:
-        raise CodesError(f"threads must be at least 1, got {threads}.")
-    return threads or min(MAX_THREADS, len(os.sched_getaffinity(0)))
+    if threads is not None:
+        return checked_integer("threads", threads, 1, 1024)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MAX_THREADS, cores)
+
+
+def checked_integer(name: str, value: Any, low: int, high: int) -> int:
+    """An option that is a whole number, numpy's kinds among them.
+
+    Raises:
+        CodesError: it is none, or out of range.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError as error:
+        raise CodesError(f"{name} must be a whole number, got {value!r}.") from error
+    if isinstance(value, (bool, np.bool_)) or not low <= number <= high:
+        raise CodesError(f"{name} must be in {low}..{high}, got {value}.")
+    return number
+
+
+def _checked_flag(shuffle: object) -> bool:
+    if isinstance(shuffle, bool) or type(shuffle) is np.bool_:
+        return bool(shuffle)
+    raise CodesError(f"shuffle must be True or False, got {shuffle!r}.")
 
 
 @contextmanager

@@ -28,7 +28,9 @@ RESERVED_NAMES = (
     "store",
 )  # the store's folders, and names in batches
 CODECS = ("blosc-zstd", "blosc-lz4", "zstd")  # layout.py builds them
-MAX_ROW_BYTES = 256 * 1024 * 1024  # what a reader takes memory for on the word of a file: one row,
+MAX_ROW_BYTES = 64 * 1024 * 1024  # what a reader takes memory for on the word of a file: one row,
+MAX_CHUNK_BYTES = 16 * 1024 * 1024  # a chunk of several rows,
+MAX_CHUNKS_PER_SHARD = 65_536  # the index of a Zarr shard,
 MAX_SHARD_BYTES = 4 * 1024 * 1024 * 1024  # one Zarr shard of one level,
 MAX_ROWS = 2**48  # and a whole store
 MISSING_LABEL = -1
@@ -173,8 +175,15 @@ class StoreSpec:
                     f"level {level.name!r}: rows of {level.row_bytes:,} bytes, {self.rows_per_shard:,} in a Zarr shard; at most "
                     f"{MAX_ROW_BYTES:,} bytes a row and {MAX_SHARD_BYTES:,} a Zarr shard are read or written."
                 )
-        if self.rows_per_shard < 1:
-            raise CodesError(f"rows per Zarr shard must be at least 1, got {self.rows_per_shard}.")
+        most = MAX_CHUNK_BYTES // 8  # labels lie in one chunk
+        if not 1 <= self.rows_per_shard <= most:
+            raise CodesError(f"rows per Zarr shard must be in 1..{most:,}, got {self.rows_per_shard:,}.")
+        for level in self.levels:
+            if (chunks := self.rows_per_shard // level.rows_per_chunk(self.rows_per_shard)) > MAX_CHUNKS_PER_SHARD:
+                raise CodesError(
+                    f"{self.rows_per_shard:,} rows per Zarr shard cut level {level.name!r} into {chunks:,} chunks; choose a number with more "
+                    "divisors, such as a power of two."
+                )
         if self.codec is not None and self.codec not in CODECS:
             raise CodesError(f"codec {self.codec!r} is not known; choose one of {', '.join(CODECS)}.")
         fits = (

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,6 +16,7 @@ from vqmill.level import LevelArray
 from vqmill.loader import CodeBatches, LastBatch
 from vqmill.places import Folder, Place, place_of, read_file
 from vqmill.reader import RowReader
+from vqmill.source import checked_integer
 from vqmill.spec import LevelSpec, StoreSpec
 from vqmill.stored import stored_array
 
@@ -23,11 +25,12 @@ if TYPE_CHECKING:
     import pyarrow.compute as pc
 
 ROW_COLUMN = "__row"
+MAX_TABLE_ROWS = 2**24  # of a quarantine part: a Zarr shard may be followed by many bad samples
 MAX_TABLE_BYTES = 2 * 1024 * 1024 * 1024  # of one Parquet part
 LOADER_CACHE_BYTES = 1024 * 1024  # of each array: chunks that two pools share, and labels, whose chunks serve many
 
 
-def open_codes(path: str | os.PathLike[str], *, allow_incomplete: bool = False) -> Codes:
+def open_codes(path: str | os.PathLike[str], *, allow_incomplete: bool = False, any_layout: bool = False) -> Codes:
     """Opens a code store for reading.
 
     Args:
@@ -35,6 +38,8 @@ def open_codes(path: str | os.PathLike[str], *, allow_incomplete: bool = False) 
             credentials, region and endpoint are those of the environment, AWS_ACCESS_KEY_ID and so on).
         allow_incomplete: also open a store whose job has not finished; its committed rows are whole and right, but not all. Without it,
             a store that is being appended to opens with the rows that it had.
+        any_layout: also read arrays whose chunks are encoded by the core codecs, but arranged otherwise than docs/format.md says, with
+            zarr-python: slowly, and only for stores that you trust, for it takes memory on the word of their chunks.
 
     Raises:
         CodesError: no store there, a newer format, damaged metadata, or an unfinished job.
@@ -43,23 +48,28 @@ def open_codes(path: str | os.PathLike[str], *, allow_incomplete: bool = False) 
     spec = layout.read_spec(place.path) if isinstance(place, Folder) else layout.read_spec_at(place)
     if not spec.complete and not allow_incomplete:
         finished = spec.segments[-1].first_row if spec.segments else 0
-        if not finished:
+        if not 0 < finished <= spec.num_rows:  # more, when a repair has stepped back behind them
             raise CodesError(
                 f"{place.name}: unfinished: {spec.num_rows:,} rows are committed, more are to come. "
                 "Run the same `vqmill tokenize` command to finish it, or, in Python, open it with allow_incomplete=True."
             )
         spec = spec.with_progress(num_rows=finished, num_commits=-(-finished // spec.rows_per_shard), complete=True)
-    return Codes(place, spec)
+    return Codes(place, spec, any_layout=any_layout)
 
 
 class Codes:
     """An open code store: row i of every level, of `labels` and of `samples()` is the same sample."""
 
-    def __init__(self, place: Place, spec: StoreSpec) -> None:
+    def __init__(self, place: Place, spec: StoreSpec, *, any_layout: bool = False) -> None:
         self.place = place
+        self._any_layout = any_layout
         self.spec = spec
         self._arrays = {level.name: self._open(level.name, level) for level in spec.levels}
         self._labels = self._open(layout.LABEL, None)
+
+    def __reduce__(self) -> tuple[Callable[..., Codes], tuple[Place, StoreSpec]]:
+        """A copy, in this process or another one, opens its own files."""
+        return partial(Codes, any_layout=self._any_layout), (self.place, self.spec)
 
     def __len__(self) -> int:
         return self.spec.num_rows
@@ -133,6 +143,31 @@ class Codes:
         ]
         return pa.concat_tables(parts).slice(first - begin * rows_per_shard, last - first)
 
+    def samples_at(self, rows: np.ndarray[Any, Any]) -> pa.Table:
+        """The same of any rows, in their order: `samples_at(batch["row"])`. Each part that holds one of them is read.
+
+        Args:
+            rows: int64 [n].
+
+        Raises:
+            IndexError: a row that is not there.
+            CodesError: a part of the table is missing or damaged.
+        """
+        import pyarrow as pa
+
+        from vqmill.tables import SAMPLES_SCHEMA
+
+        rows = np.asarray(rows, np.int64)
+        if rows.size and not 0 <= rows.min() <= rows.max() < len(self):
+            raise IndexError(f"rows must lie in 0..{len(self) - 1}, got {rows.min()}..{rows.max()}")
+        distinct, places = np.unique(rows, return_inverse=True)
+        shards = distinct // self.spec.rows_per_shard
+        parts = [SAMPLES_SCHEMA.empty_table()]
+        for shard in np.unique(shards).tolist():
+            first = shard * self.spec.rows_per_shard
+            parts.append(self.samples(first, first + self.spec.rows_per_shard).take(distinct[shards == shard] - first))
+        return pa.concat_tables(parts).take(places)
+
     def sample_keys(self) -> list[str]:
         """Every row's sample key: one column of `samples()`, read part by part.
 
@@ -166,7 +201,11 @@ class Codes:
         """
         import pyarrow as pa
 
-        chosen = np.arange(len(self)) if labels is None else np.flatnonzero(np.isin(self.labels, list(labels)))
+        if labels is None:
+            chosen = np.arange(len(self))
+        else:
+            wanted = [checked_integer("label", label, -(2**63), 2**63 - 1) for label in labels]
+            chosen = np.flatnonzero(np.isin(self.labels, wanted))
         if where is None:
             return chosen
         found: list[np.ndarray[Any, Any]] = [np.empty(0, np.int64)]
@@ -212,10 +251,12 @@ class Codes:
 
         Args:
             batch_size: rows of a batch on this rank.
-            shuffle: another order every epoch, a function of (seed, epoch), the pool and the chosen rows; not of `threads`, and not of
-                rank and world size as long as the global batch is the same and the world size divides 16.
+            shuffle: another order every epoch, a function of (seed, epoch), the chosen rows and the pools: not of `threads`; and, as long
+                as pools are the default, the global batch is the same, the world size divides 32 and the rows do not all fit into memory
+                at once, not of the world size either.
             seed: names the order.
-            rank: which of the `world_size` equal parts of each global batch is ours.
+            rank: which of the `world_size` equal parts of each global batch is ours. Without shuffling, rank r reads the r-th stretch of
+                the rows.
             world_size: how many ranks share an epoch.
             last: what is done with the ragged end: `keep` it (ranks may then differ by a batch), `drop` it, or `pad` it with
                 rows from the beginning of the epoch's order so that all ranks get equally many full batches.
@@ -228,6 +269,8 @@ class Codes:
         Raises:
             CodesError: an option out of its range.
         """
+        if isinstance(levels, str):
+            raise CodesError(f"levels must be a list of names, got {levels!r}: write [{levels!r}].")
         names = tuple(levels) if levels is not None else self.levels
         for name in names:
             self.spec.level(name)
@@ -242,7 +285,7 @@ class Codes:
         Raises:
             CodesError: the part cannot be read, or has other columns or fewer rows.
         """
-        table = self._parquet(name, None)
+        table = self._parquet(name, schema.names)  # what later releases may add is left out
         if table.schema != schema or (rows is not None and table.num_rows < rows):
             raise CodesError(
                 f"{self.place.name}/{name}: {table.num_rows} rows of {', '.join(table.column_names)}; expected "
@@ -250,13 +293,17 @@ class Codes:
             )
         return table if rows is None else table.slice(0, rows)
 
-    def _parquet(self, file: str, columns: list[str] | None) -> pa.Table:
+    def _parquet(self, file: str, columns: list[str]) -> pa.Table:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         try:
-            data = pa.BufferReader(read_file(self.place, file, MAX_TABLE_BYTES))
-            return pq.read_table(data, columns=columns)  # pyright: ignore[reportUnknownMemberType]
+            found = pq.ParquetFile(pa.BufferReader(read_file(self.place, file, MAX_TABLE_BYTES)))
+            facts = found.metadata
+            size = sum(facts.row_group(number).total_byte_size for number in range(facts.num_row_groups))
+            if facts.num_rows > max(self.spec.rows_per_shard, MAX_TABLE_ROWS) or size > MAX_TABLE_BYTES:
+                raise CodesError(f"{facts.num_rows:,} rows and {size:,} bytes are more than a part holds")
+            return found.read(columns=columns)  # pyright: ignore[reportUnknownMemberType]
         except (OSError, pa.ArrowException, CodesError) as error:
             raise CodesError(
                 f"{self.place.name}/{file}: cannot be read ({error}). See: vqmill verify {self.place.name}"
@@ -268,7 +315,7 @@ class Codes:
         return {name: array.row_reader(LOADER_CACHE_BYTES) for name, array in arrays.items()}
 
     def _open(self, name: str, level: LevelSpec | None) -> LevelArray:
-        source = stored_array(self.place, self.spec, level)
+        source = stored_array(self.place, self.spec, level, any_layout=self._any_layout)
         kind = f"level '{name}'" if level else f"array '{name}'"
         return LevelArray(
             source, self.spec.num_rows, f"{self.place.name}: {kind}", level.codebook_size if level else None

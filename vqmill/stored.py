@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -13,7 +14,7 @@ from vqmill.files import JsonValue
 from vqmill.layout import LABEL, shard_file
 from vqmill.places import Bucket, Place, read_file
 from vqmill.reader import ChunkSource, ShardedArray
-from vqmill.spec import LABEL_FILL, LevelSpec, StoreSpec
+from vqmill.spec import LABEL_FILL, MAX_CHUNK_BYTES, MAX_CHUNKS_PER_SHARD, LevelSpec, StoreSpec
 
 MAX_ARRAY_METADATA_BYTES = 1024 * 1024
 KNOWN_CODECS = (
@@ -25,13 +26,14 @@ KNOWN_CODECS = (
 )  # of the core Zarr v3 specification; others are not read
 
 
-def stored_array(place: Place, spec: StoreSpec, level: LevelSpec | None) -> ChunkSource:
+def stored_array(place: Place, spec: StoreSpec, level: LevelSpec | None, *, any_layout: bool) -> ChunkSource:
     """Gives access to an array's chunks; reads its metadata and nothing else.
 
     Args:
         place: where the store is.
         spec: the store's specification.
         level: which level; None for the labels.
+        any_layout: whether zarr-python may read what is arranged otherwise than our writers do it.
 
     Raises:
         CodesError: the metadata is missing, damaged, or not that of the array which the specification names.
@@ -44,15 +46,27 @@ def stored_array(place: Place, spec: StoreSpec, level: LevelSpec | None) -> Chun
             f"{place.name}: array '{name}' is not stored as zarr.json says: {'; '.join(wrong)} (docs/format.md). Restore the store's metadata from a copy."
         )
     layout = _own_layout(metadata["codecs"], spec.rows_per_shard, dtype, grid)
+    files = partial(shard_file, name, grid_dimensions=len(grid))
+    if layout is None and any_layout:
+        return ZarrArray(place, name, spec, grid, dtype)
     if layout is None:
-        return ZarrArray(place, name, spec.num_rows, grid, dtype)
-    return ShardedArray(place, lambda shard: shard_file(name, shard, len(grid)), layout)
+        raise CodesError(
+            f"{place.name}: the chunks of array '{name}' are not arranged as docs/format.md says. If you trust this store, open it with "
+            "any_layout=True: zarr-python then reads it, slowly, and takes memory on the word of its chunks."
+        )
+    row_bytes = layout.raw_bytes // layout.chunk_shape[0]
+    if layout.raw_bytes > max(MAX_CHUNK_BYTES, row_bytes) or layout.chunks_per_shard > MAX_CHUNKS_PER_SHARD:
+        raise CodesError(
+            f"{place.name}: array '{name}' has {layout.chunks_per_shard:,} chunks of {layout.raw_bytes:,} bytes in a Zarr shard; at most "
+            f"{MAX_CHUNKS_PER_SHARD:,} chunks of one row or {MAX_CHUNK_BYTES:,} bytes are read."
+        )
+    return ShardedArray(place, files, layout)
 
 
 class ZarrArray:
     """Chunks of an array whose codecs are known but arranged otherwise than our writers do it: read by zarr-python, slowly and rightly."""
 
-    def __init__(self, place: Place, name: str, num_rows: int, grid: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    def __init__(self, place: Place, name: str, spec: StoreSpec, grid: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         import zarr
         from zarr.storage import LocalStore, ObjectStore
 
@@ -63,15 +77,17 @@ class ZarrArray:
             raise CodesError(
                 f"{place.name}: array '{name}' cannot be opened ({error}). See: vqmill verify {place.name}"
             ) from error
-        self._num_rows, self.dtype = num_rows, dtype
+        self._place, self._file = place, partial(shard_file, name, grid_dimensions=len(grid))
+        self._spec, self.dtype = spec, dtype
         self.chunk_shape = (self._array.chunks[0], *grid)
 
     def read_chunk(self, chunk: int, out: np.ndarray[Any, Any]) -> None:
         """See `reader.ChunkSource`."""
         first = chunk * len(out)
         try:
-            values = np.asarray(self._array[first : min(first + len(out), self._num_rows)])
-        except (OSError, ValueError, RuntimeError) as error:
+            self._place.open(self._file(first // self._spec.rows_per_shard))  # which refuses links and what is no file
+            values = np.asarray(self._array[first : min(first + len(out), self._spec.num_rows)])
+        except Exception as error:  # zarr and its codecs have no common error
             raise CodesError(str(error)) from error
         out[: len(values)] = values
 

@@ -34,7 +34,7 @@ class CodesDataset(IterableDataset[TensorBatch]):
             batch_size: rows of a batch on this rank.
             rank: of this process; if not given, that of torch.distributed when it is initialised, else 0.
             world_size: number of processes; the same.
-            device: where the tensors shall be. For CUDA, batches are gathered in pinned memory and copied while the caller computes.
+            device: where the tensors shall be. For CUDA, batches are gathered in pinned memory and copied without waiting for the copy.
             dtype: of the codes; embeddings take int64 and int32.
             options: those of `Codes.batches` (or `MixedBatches`): shuffle, seed, last, levels, rows, pool_bytes, threads.
 
@@ -55,6 +55,12 @@ class CodesDataset(IterableDataset[TensorBatch]):
             if isinstance(codes, Codes)
             else MixedBatches(codes, batch_size, **place, **options)
         )
+
+        for level in (codes if isinstance(codes, Codes) else codes[0][0]).spec.levels:
+            if not _holds(dtype, level.codebook_size - 1):
+                raise CodesError(
+                    f"dtype {dtype} cannot hold the codes 0..{level.codebook_size - 1} of level '{level.name}'."
+                )
 
     def __len__(self) -> int:
         """Batches of an epoch on this rank."""
@@ -85,6 +91,13 @@ class CodesDataset(IterableDataset[TensorBatch]):
     def _tensor(self, name: str, values: np.ndarray[Any, Any]) -> torch.Tensor:
         tensor = _from_numpy(values).to(self._device, non_blocking=True)
         return tensor if name in ("label", "row", "store") else tensor.to(self._dtype)
+
+
+def _holds(dtype: torch.dtype, largest: int) -> bool:
+    """Whether every code up to the largest is a value of its own in a dtype."""
+    if dtype == torch.bool or dtype.is_complex:
+        return False
+    return largest <= (2 / torch.finfo(dtype).eps if dtype.is_floating_point else torch.iinfo(dtype).max)
 
 
 def _from_numpy(values: np.ndarray[Any, Any]) -> torch.Tensor:

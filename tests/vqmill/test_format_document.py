@@ -24,6 +24,8 @@ from vqmill.spec import (
     CHUNK_BYTES,
     CODECS,
     FORMAT_VERSION,
+    MAX_CHUNK_BYTES,
+    MAX_CHUNKS_PER_SHARD,
     MAX_ROW_BYTES,
     MAX_ROWS,
     MAX_ROWS_PER_SHARD,
@@ -221,6 +223,9 @@ def test_the_numbers_of_the_document_are_the_code_s():
         ("json` of an array", MAX_ARRAY_METADATA_BYTES),
         ("row of one level", MAX_ROW_BYTES),
         ("Zarr shard of one array", MAX_SHARD_BYTES),
+        ("chunk with more than one row", MAX_CHUNK_BYTES),
+        ("chunks of a Zarr shard", MAX_CHUNKS_PER_SHARD),
+        ("labels of a Zarr shard", MAX_CHUNK_BYTES // 8),
         ("rows of a store", MAX_ROWS),
         ("encoded chunk", OVERHEAD_BYTES),
     ):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
+from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from vqmill.pools import PoolMemory
 from vqmill.reader import RowReader
 
 NUM_ROWS = 53
-FIRST_ROWS = [16, 20, 0, 4, 40, 44, 47, 26, 29, 32, 35, 38, 49, 52, 10, 13]
+FIRST_ROWS = [32, 34, 36, 38, 8, 10, 12, 14, 48, 50, 52, 25, 27, 29, 31, 17]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,7 @@ def codes(codes_and_rows):
 
 def memory_for(stores, rows):
     """`pool_bytes` for so many rows, a quarter of it being kept for what is in hand."""
-    return -(-rows * (stores.two_levels.row_bytes + 24) * 4 // 3)
+    return -(-rows * (stores.two_levels.row_bytes + 64) * 4 // 3) + 3
 
 
 @pytest.fixture(params=[3, 10, 30, 10_000], ids=lambda rows: f"pool{rows}")
@@ -118,7 +120,7 @@ def test_ranks_partition_the_epoch(codes, pool, world_size, last, shuffle):
     assert [len(loader) for loader in ranks] == [len(given) for given in batches]
     together, global_size = dealt(batches), 5 * world_size
     alone = codes.batches(7, shuffle=shuffle, seed=3)
-    alone.load_state_dict(ranks[0].state_dict() | {"epoch": 0})
+    alone.load_state_dict(ranks[0].state_dict() | {"epoch": 0})  # in the lanes and pools of these ranks
     order = flat(alone)
     assert sorted(order) == list(range(NUM_ROWS))
     if last == "keep":
@@ -162,23 +164,25 @@ def test_resuming_anywhere_equals_going_on(codes, pool, last):
 
 
 @pytest.mark.parametrize("last", ["keep", "drop", "pad"])
-@pytest.mark.parametrize(("first", "then"), [(1, 1), (1, 4), (4, 1), (2, 3), (3, 2), (16, 5)])
+@pytest.mark.parametrize(("first", "then"), [(1, 1), (1, 4), (4, 1), (2, 3), (3, 2), (16, 5), (12, 33), (1, 33)])
 def test_resuming_into_another_world_size_and_batch_size(codes, pool, first, then, last):
     """What one set of ranks gave and what another set takes up are together the epoch that one rank alone goes through."""
     options = {"shuffle": True, "seed": 5, "last": last, **pool}
-    before = [codes.batches(2, rank=rank, world_size=first, **options) for rank in range(first)]
+    before = [codes.batches(1, rank=rank, world_size=first, **options) for rank in range(first)]
     iterators = [iter(loader) for loader in before]
     given = [[next(iterator)["label"].tolist()] for iterator in iterators]
     states = [loader.state_dict() for loader in before]
     assert states[1:] == states[:-1]
-    after = [codes.batches(3, rank=rank, world_size=then, **options) for rank in range(then)]
+    after = [
+        codes.batches(3, rank=rank, world_size=then, **options | {"pool_bytes": 1_000_000}) for rank in range(then)
+    ]
     for loader in after:
         loader.load_state_dict(json.loads(json.dumps(states[0])))
     together = dealt(given) + dealt([labels_of(loader) for loader in after])
     alone = codes.batches(7, shuffle=True, seed=5)
     alone.load_state_dict(states[0] | {"place": 0})
     order = flat(alone)
-    left = NUM_ROWS - 2 * first
+    left = NUM_ROWS - first
     end = {"keep": NUM_ROWS, "drop": NUM_ROWS - left % (3 * then), "pad": NUM_ROWS}[last]
     assert together[:NUM_ROWS] == order[:end]
     assert len(together) == end + (-left % (3 * then) if last == "pad" else 0)
@@ -283,13 +287,117 @@ def test_options_out_of_range_are_refused_at_once(codes, options):
         codes.batches(**{"batch_size": 4} | options)
 
 
-def test_iterators_of_one_loader_do_not_share_memory(codes, pool):
-    """Two at once go on from the same place: each row of each is right, wherever the other one is."""
+def test_only_the_latest_iterator_goes_on(codes, pool):
+    """Two at once would take each other's rows out of the epoch."""
     loader = codes.batches(4, shuffle=True, **pool)
-    list(loader)
-    first, second = iter(loader), iter(loader)
-    for batch in (next(first), next(second), next(second), next(first), next(second)):
-        np.testing.assert_array_equal(batch["label"], batch["row"])
+    first = iter(loader)
+    given = next(first)["row"].tolist()
+    second = iter(loader)
+    given += next(second)["row"].tolist()
+    with pytest.raises(CodesError, match="outdated"):
+        next(first)
+    given += [row for batch in second for row in batch["row"].tolist()]
+    assert sorted(given) == list(range(NUM_ROWS))
+    third = iter(loader)
+    next(third)
+    loader.load_state_dict(loader.state_dict())
+    with pytest.raises(CodesError, match="outdated"):
+        next(third)
+
+
+@pytest.mark.parametrize("last", ["keep", "drop", "pad"])
+def test_taking_exactly_an_epoch_s_batches_again_and_again(codes, last):
+    """As `islice(loader, len(loader))` does: no epoch is empty, none is given twice."""
+    loader = codes.batches(4, shuffle=True, last=last)
+    epochs = [[batch["row"].tolist() for batch in islice(loader, len(loader))] for _ in range(3)]
+    assert [len(epoch) for epoch in epochs] == [len(loader)] * 3
+    assert (loader.state_dict()["epoch"], loader.state_dict()["place"]) == (3, 0)
+    fresh = codes.batches(4, shuffle=True, last=last)
+    assert epochs == [[batch["row"].tolist() for batch in fresh] for _ in range(3)]
+
+
+def test_a_rank_without_a_part_in_the_last_batch_has_no_empty_epoch(codes):
+    ranks = [codes.batches(4, rank=rank, world_size=4, rows=np.arange(18)) for rank in range(4)]
+    for loader in ranks:
+        lengths = [sum(1 for _ in islice(loader, len(loader))) for _ in range(3)]
+        assert lengths == [len(loader)] * 3
+
+
+def test_numbers_of_numpy_are_numbers(codes):
+    loader = codes.batches(
+        np.int64(5),
+        seed=np.uint32(3),
+        rank=np.int8(1),
+        world_size=np.int64(2),
+        shuffle=np.bool_(True),
+        threads=np.int64(1),
+    )
+    expected = codes.batches(5, seed=3, rank=1, world_size=2, shuffle=True)
+    assert json.loads(json.dumps(loader.state_dict())) == expected.state_dict()
+    assert flat(loader) == flat(expected)
+
+
+def test_a_state_of_another_store_is_refused(tmp_path, codes, stores):
+    """The same rows in chunks of another size have another order."""
+    spec = replace(stores.two_levels, rows_per_shard=16)
+    other = stores.write(tmp_path / "codes.zarr", spec, stores.codes(spec, NUM_ROWS))
+    with pytest.raises(CodesError, match="block_rows"):
+        vqmill.open_codes(other).batches(4).load_state_dict(codes.batches(4).state_dict())
+
+
+def test_an_epoch_begun_by_many_ranks_asks_for_the_memory_that_it_takes(codes, stores):
+    state = codes.batches(1, shuffle=True, world_size=16, pool_bytes=memory_for(stores, 3)).state_dict()
+    little = codes.batches(4, shuffle=True, pool_bytes=memory_for(stores, 4))
+    with pytest.raises(CodesError, match=r"Give pool_bytes=[\d]+") as error:
+        little.load_state_dict(state | {"place": 5})
+    needed = int(str(error.value).split("Give pool_bytes=")[1].split(",")[0])
+    enough = codes.batches(4, shuffle=True, pool_bytes=needed)
+    enough.load_state_dict(state | {"place": 5})
+    assert len(set(flat(enough))) == NUM_ROWS - 5
+    own = codes.batches(4, shuffle=True, pool_bytes=needed)
+    list(own)
+    assert flat(enough) == flat(own)  # the next epoch is of its own kind
+
+
+def test_the_order_is_the_same_on_any_number_of_ranks_that_divides_the_lanes(tmp_path_factory, stores):
+    """With the default pool, of a store that is larger than it, and one global batch."""
+    spec = replace(stores.two_levels, rows_per_shard=4)
+    rows = 4 * 5 * 8 * 3
+    path = stores.write(
+        tmp_path_factory.mktemp("ranks") / "codes.zarr", spec, stores.codes(spec, rows), list(range(rows))
+    )
+    codes = vqmill.open_codes(path)
+    orders = set()
+    for world_size in (1, 2, 4, 8):
+        ranks = [
+            codes.batches(8 // world_size, shuffle=True, rank=rank, world_size=world_size) for rank in range(world_size)
+        ]
+        orders.add(tuple(dealt([labels_of(loader) for loader in ranks])))
+    assert len(orders) == 1
+    assert sorted(orders.pop()) == list(range(rows))
+
+
+@pytest.mark.parametrize("world_size", [1, 8])
+def test_batch_means_vary_little_more_than_of_independent_draws(world_size):
+    """The worst case, blocks of equal rows, over epochs of a store that is four pools large."""
+    batch, block_rows = 256 // world_size, 64
+    blocks = 4 * 5 * batch * world_size
+    lanes, pool_rows = 32, 5 * block_rows * batch * world_size // 32
+    values = np.random.default_rng(0).standard_normal(blocks).repeat(block_rows)
+    values -= values.mean()
+    ratios = []
+    for epoch in range(3):
+        order = EpochOrder(BlockOrder(len(values), block_rows, (1, epoch)), lanes, pool_rows, (1, epoch))
+        found = np.empty(len(values))
+        for lane in range(lanes):
+            place, pool = 0, 0
+            while place < order.lane_rows(lane):
+                rows = order.rows_of(lane, pool)[order.permutation_of(lane, pool)]
+                found[(place + np.arange(len(rows))) * lanes + lane] = values[rows]
+                place, pool = place + len(rows), pool + 1
+        means = found.reshape(-1, batch * world_size).mean(1)
+        ratios.append(means.var() / (values.var() / (batch * world_size)))
+    assert np.mean(ratios) < 1.25
 
 
 def test_a_code_out_of_range_stops_the_epoch(store, stores):

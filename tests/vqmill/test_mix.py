@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections import Counter
 from dataclasses import replace
 from itertools import islice
@@ -54,7 +55,9 @@ def test_rows_are_those_of_their_stores_in_their_shares(mixed, stores_and_weight
 
 
 def test_each_store_goes_through_epochs_of_its_own(stores_and_weights):
-    rows = [label for batch in labels(MixedBatches(stores_and_weights, 10, seed=1), 100) for label in batch]
+    rows = [
+        label for batch in labels(MixedBatches(stores_and_weights, 10, shuffle=True, seed=1), 100) for label in batch
+    ]
     for store, size in enumerate(SIZES):
         mine = [label % 1000 for label in rows if label // 1000 == store]
         epochs = [mine[first : first + size] for first in range(0, len(mine) - size, size)]
@@ -126,7 +129,7 @@ def test_a_state_of_other_weights_or_rows_is_refused(mixed, stores_and_weights):
     for other in others:
         with pytest.raises(CodesError, match="state was taken with"):
             other.load_state_dict(state)
-    for damaged in ({}, state | {"stores": 5}):
+    for damaged in ({}, state | {"stores": 5}, state | {"stores": []}, state | {"stores": [1, 2, 3]}):
         with pytest.raises(CodesError):
             MixedBatches(stores_and_weights, 4).load_state_dict(damaged)
 
@@ -156,10 +159,23 @@ def test_selections_of_rows(mixed):
 
 def test_options_have_effects(mixed):
     pair = [(mixed[0][0], 1), (mixed[1][0], 1)]
-    batch = next(iter(MixedBatches(pair, 4, levels=["top"], pool_bytes=2000, threads=1)))
+    batch = next(iter(MixedBatches(pair, 4, levels=["top"])))
     assert "bottom" not in batch
+    shapes = [store["lanes"] for store in MixedBatches(pair, 4, shuffle=True, pool_bytes=2000).state_dict()["stores"]]
+    assert shapes != [store["lanes"] for store in MixedBatches(pair, 4, shuffle=True).state_dict()["stores"]]
+    before = threading.active_count()
+    running = iter(MixedBatches(pair, 4, threads=3))
+    next(running)
+    assert before < threading.active_count() <= before + 3
     with pytest.raises(CodesError, match="pool_bytes"):
         MixedBatches(pair, 4, pool_bytes=100)
     with pytest.raises(CodesError, match="threads"):
         MixedBatches(pair, 4, threads=0)
-    assert labels(MixedBatches(pair, 4, seed=0), 3) != labels(MixedBatches(pair, 4, seed=1), 3)
+    first, second = (MixedBatches(pair, 4, shuffle=True, seed=seed) for seed in (0, 1))
+    assert labels(first, 3) != labels(second, 3)
+
+
+def test_two_tokenizations_of_one_corpus_do_not_come_in_step(mixed):
+    pair = [(mixed[1][0], 1), (mixed[1][0], 1)]
+    batch = next(iter(MixedBatches(pair, 40, shuffle=True)))
+    assert batch["row"][batch["store"] == 0].tolist() != batch["row"][batch["store"] == 1].tolist()

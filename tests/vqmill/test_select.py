@@ -60,6 +60,21 @@ def test_an_expression_that_does_not_fit_is_refused(codes, where):
         codes.select(where=where)
 
 
+@pytest.mark.parametrize("labels", [["cat"], "3", [1.5], [True]])
+def test_labels_are_numbers(codes, labels):
+    with pytest.raises(CodesError, match="label must be"):
+        codes.select(labels=labels)
+
+
+def test_lines_of_any_rows(codes):
+    rows = np.array([20, 3, 3, 8])
+    assert codes.samples_at(rows)["key"].to_pylist() == [f"class/sample-{row}" for row in rows]
+    assert codes.samples_at(np.array([], np.int64)).num_rows == 0
+    for bad in ([21], [-1]):
+        with pytest.raises(IndexError, match=r"0\.\.20"):
+            codes.samples_at(np.array(bad))
+
+
 def test_an_empty_store(tmp_path, stores):
     spec = stores.two_levels
     empty = stores.write(

@@ -29,11 +29,18 @@ def test_tensors_equal_the_batches(codes):
             np.testing.assert_array_equal(tensors[name].numpy(), values)
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.float32, torch.float16])
 def test_codes_come_in_the_dtype_that_is_asked_for(codes, dtype):
-    batch = next(iter(CodesDataset(codes, 4, dtype=dtype)))
+    batch = next(iter(CodesDataset(codes, 21, dtype=dtype)))
     assert batch["top"].dtype == batch["bottom"].dtype == dtype
+    assert batch["top"].to(torch.int64).tolist() == codes["top"][:].tolist()
     assert batch["label"].dtype == batch["row"].dtype == torch.int64
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.bool, torch.bfloat16, torch.complex64])
+def test_a_dtype_that_cannot_hold_the_codes_is_refused(codes, dtype):
+    with pytest.raises(CodesError, match=r"cannot hold the codes 0\.\.511"):
+        CodesDataset(codes, 4, dtype=dtype)
 
 
 def test_in_a_data_loader(codes):
@@ -62,12 +69,16 @@ def test_states(codes):
     assert [batch["row"].tolist() for batch in resumed] == expected
 
 
-def test_ranks_are_those_of_torch_distributed(codes, tmp_path):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
-    try:
-        assert len(CodesDataset(codes, 4)) == 6
-    finally:
-        torch.distributed.destroy_process_group()
+def test_ranks_are_those_of_torch_distributed(codes, monkeypatch):
+    alone = [row for batch in CodesDataset(codes, 2) for row in batch["row"].tolist()]
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+    parts = []
+    for rank in range(3):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        parts.append([row for batch in CodesDataset(codes, 2) for row in batch["row"].tolist()])
+    assert sorted(row for part in parts for row in part) == sorted(alone)
+    assert [len(part) for part in parts] == [7, 7, 7]
     assert len(CodesDataset(codes, 4, rank=1, world_size=3)) == 2
     with pytest.raises(CodesError, match="belong together"):
         CodesDataset(codes, 4, rank=1)
