@@ -12,10 +12,11 @@ import numpy as np
 import pyarrow as pa
 
 from pipelines.encoder import Span
-from pipelines.ordering import ShardCutter, ShardJob, contiguous
+from pipelines.ordering import ShardCutter, ShardJob
 from vqmill.commits import Commit, Counts, Cursor
 from vqmill.errors import CodesError
 from vqmill.layout import smallest_codec
+from vqmill.problems import runs
 from vqmill.spec import StoreSpec
 from vqmill.writer import StoreWriter, read_shard, write_shard
 
@@ -206,7 +207,7 @@ def mend(
     Raises:
         CodesError: they come out differently; nothing was written then.
     """
-    for first, last in contiguous(missing):
+    for first, last in runs(missing):
         _mend_run(writer, first, last, between, hands)
     if missing and (left := writer.missing_shards()):
         raise CodesError(
@@ -229,7 +230,7 @@ def _mend_run(
             expected = writer.commits[job.shard].files
             order = Order(writer.store.absolute(), writer.spec, job.shard, _cuts(job), None, expected)
             payloads = [piece.payload for piece in job.pieces]
-            writes.add(order, payloads, lambda written: writer.put_back(job.shard, written.files))
+            writes.add(order, payloads, lambda written: writer.accept_again(job.shard, written.files))
         job.pieces.clear()
 
     for span in between(start, stop):

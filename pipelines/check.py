@@ -10,12 +10,12 @@ from pathlib import Path
 from pipelines.progress import meter
 from pipelines.results import FAILED, OK, Result
 from pipelines.tokenize_command import run_file
+from vqmill.commits import Counts
 from vqmill.files import JsonValue
 from vqmill.layout import read_spec
 from vqmill.repair import repair_store
 from vqmill.spec import StoreSpec
 from vqmill.verify import verify_store
-from vqmill.writer import Counts
 
 
 def verify(store: Path, *, quick: bool) -> Result:
@@ -87,7 +87,8 @@ def recorded_command(store: Path) -> str | None:
     words: JsonValue = record.get("command") if isinstance(record, dict) else None
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         return None
-    return shlex.join(map(str, words))
+    command, folder = shlex.join(map(str, words)), record.get("folder") if isinstance(record, dict) else None
+    return command if folder in (None, str(Path.cwd())) else f"cd {shlex.quote(str(folder))} && {command}"
 
 
 def usage_lines(spec: StoreSpec, used: Mapping[str, int], perplexity: Mapping[str, float]) -> list[str]:

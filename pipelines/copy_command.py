@@ -18,8 +18,9 @@ from pipelines.tokenize_command import recorded_tokenizer, relative_to_store, ru
 from vqmill.commits import Counts
 from vqmill.errors import UsageError
 from vqmill.files import canonical_json, write_whole
+from vqmill.layout import read_spec
 from vqmill.spec import MISSING_LABEL, StoreSpec
-from vqmill.store import open_codes
+from vqmill.store import Codes, open_codes
 
 
 def merge(stores: Sequence[Path], out: Path, *, shard_rows: int | None, codec: Codec) -> Result:
@@ -27,7 +28,7 @@ def merge(stores: Sequence[Path], out: Path, *, shard_rows: int | None, codec: C
     if not stores:
         raise UsageError("name the stores to merge: vqmill merge A.zarr B.zarr --out C.zarr")
     _check(stores, out, shard_rows)
-    opened = [open_codes(store) for store in stores]
+    opened = [_finished(store) for store in stores]
     sources: list[Source] = []
     with meter("reading samples", "rows") as show:
         total = sum(len(codes) for codes in opened)
@@ -59,7 +60,7 @@ def slice_store(
             f"--label {min(labels)}: expected a class number, or {MISSING_LABEL} for rows without a label."
         )
     _check([store], out, shard_rows)
-    codes = open_codes(store)
+    codes = _finished(store)
     wanted = row_range(rows, len(codes)) if rows is not None else range(len(codes))
     with meter("reading samples", "rows") as show:
         source = part_of_store(codes, wanted, labels or None, show)
@@ -79,6 +80,17 @@ def slice_store(
         [*_raised(shard_rows, spec), *lines],
         {"labels": {str(label): count for label, count in found.items()}},
     )
+
+
+def _finished(store: Path) -> Codes:
+    """Opens a store that no job has begun to append to: its last rows are about to be written anew.
+
+    Raises:
+        UsageError: it is unfinished.
+    """
+    if not read_spec(store).complete:
+        raise UsageError(f"{store}: unfinished: a job writes it, or was stopped. Let it finish first.")
+    return open_codes(store)
 
 
 def _check(stores: Sequence[Path], out: Path, shard_rows: int | None) -> None:

@@ -27,8 +27,8 @@ from pipelines.pictures import (
 from pipelines.results import Result
 from pipelines.tokenize_command import recorded_tokenizer
 from vqmill import Codes, open_codes
+from vqmill.commits import Counts
 from vqmill.errors import CodesError, UsageError
-from vqmill.writer import Counts
 
 BATCH_ROWS = 32
 MAX_ROWS = 4096  # of one picture

@@ -18,12 +18,12 @@ from pipelines.corpus.samples import RawSample, read_samples
 from pipelines.planning import planned
 from pipelines.progress import meter
 from pipelines.results import OK, QUARANTINED, Result
+from vqmill.commits import Commit, Counts
 from vqmill.layout import commit_file, read_spec
 from vqmill.places import Folder
 from vqmill.spec import MISSING_LABEL, StoreSpec
 from vqmill.store import Codes
 from vqmill.usage import CodeUsage
-from vqmill.writer import Commit, Counts
 
 PROBE_SIZE = 32  # what images are decoded to when only their health is of interest
 THREADS = 4

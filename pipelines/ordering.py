@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from typing import Generic, TypeVar
 
 from vqmill.commits import Counts, Cursor
@@ -83,17 +82,3 @@ class ShardCutter(Generic[Payload]):
         job.cursor = cursor
         self._job = ShardJob(job.shard + 1)
         return job
-
-
-def contiguous(shards: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Runs of consecutive numbers in sorted ones, as (first, last).
-
-    >>> list(contiguous([1, 2, 3, 7]))
-    [(1, 3), (7, 7)]
-    """
-    first = None
-    for number, following in zip_longest(shards, shards[1:]):
-        first = number if first is None else first
-        if following != number + 1:
-            yield first, number
-            first = None

@@ -144,6 +144,7 @@ def run_record(**facts: Any) -> dict[str, Any]:
     return {
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": ["vqmill", *sys.argv[1:]],
+        "folder": str(Path.cwd()),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
         "versions": {package: version(package) for package in packages},

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from vqmill.writer import Counts
+from vqmill.commits import Counts
 
 OK, FAILED, USAGE, QUARANTINED = 0, 1, 2, 3
 

@@ -17,13 +17,14 @@ from pipelines.pictures import check_columns, check_picture, good_scale, image_g
 from pipelines.progress import meter
 from pipelines.results import Result
 from pipelines.tokenize_command import relative_to_store, run_file
+from vqmill.commits import Counts, Cursor
 from vqmill.errors import CodesError, UsageError
 from vqmill.files import canonical_json, write_whole
 from vqmill.layout import smallest_codec
 from vqmill.settings import did_you_mean
 from vqmill.spec import LevelSpec, Segment, StoreSpec, default_rows_per_shard
 from vqmill.tables import QUARANTINE_SCHEMA, SAMPLES_SCHEMA
-from vqmill.writer import Counts, Cursor, StoreWriter, write_shard
+from vqmill.writer import StoreWriter, write_shard
 
 
 def sample(

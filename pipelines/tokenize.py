@@ -118,6 +118,7 @@ def tokenize_corpus(
     out: Path,
     options: TokenizeOptions,
     progress: Callable[[int, int, str], None],
+    started: Callable[[], None] = lambda: None,
 ) -> TokenizeResult:
     """Makes the store, goes on with it, or appends to it what the corpus has more.
 
@@ -127,6 +128,7 @@ def tokenize_corpus(
         out: the store's folder.
         options: see there.
         progress: called with (samples done, samples in all, a note).
+        started: called when there is work, before it begins.
 
     Raises:
         UsageError: the place holds another store, is being written by another job, or has too little room.
@@ -142,8 +144,10 @@ def tokenize_corpus(
     kept = found.num_rows - found.num_rows % found.rows_per_shard if found else 0
     row_bytes = store_spec(plan, model, options).row_bytes + SAMPLE_BYTES
     require_room(out, max(0, plan.num_samples - kept) * row_bytes)
-    outcomes = [_carry_out(part, model, out, options, progress) for part in parts]
     worked = not (found and found.complete and len(parts[-1].shards) == found.segments[-1].input_shards)
+    if worked:
+        started()
+    outcomes = [_carry_out(part, model, out, options, progress) for part in parts]
     codes = open_codes(out)
     reasons = Counter(str(reason) for reason in codes.quarantine()["reason"].to_pylist())
     resumed, before = found.num_rows if found else 0, codes.spec.segments[-1].first_row

@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import tokenizer
 from pipelines.corpus.plan import Plan
@@ -20,6 +21,7 @@ from pipelines.tokenize import TokenizeOptions, store_spec, tokenize_corpus
 from vqmill.errors import CodesError, UsageError
 from vqmill.files import canonical_json, write_whole
 from vqmill.layout import read_spec
+from vqmill.spec import MOST_ROWS_PER_SHARD
 
 
 def tokenize(
@@ -30,6 +32,8 @@ def tokenize(
     for flag, value in (("--workers", workers), ("--batch-size", batch_size), ("--shard-rows", shard_rows)):
         if value is not None and value < 1:
             raise UsageError(f"{flag} must be at least 1, got {value}.")
+    if shard_rows is not None and shard_rows > MOST_ROWS_PER_SHARD:
+        raise UsageError(f"--shard-rows must be at most {MOST_ROWS_PER_SHARD:,}, got {shard_rows:,}.")
     try:
         model = tokenizer.load(tokenizer_path)
         size = size if size is not None else model.config.size
@@ -45,15 +49,18 @@ def tokenize(
     plan = planned(corpus)
     if dry_run:
         return _dry_run(plan, model, out, options)
+
+    def record(**outcome: Any) -> None:
+        place = relative_to_store(tokenizer_path, out)
+        facts = run_record(corpus=corpus, tokenizer=place, workers=options.workers, device=chosen, **outcome)
+        write_whole(run_file(out), canonical_json(facts))
+
     with meter("tokenizing", "samples") as show:
-        made = tokenize_corpus(plan, model, out, options, show)
-    record = run_record(
-        corpus=corpus, tokenizer=relative_to_store(tokenizer_path, out), workers=options.workers, device=chosen, rows=made.rows,
-        counts=asdict(made.counts), seconds=made.seconds,
-    )  # fmt: skip
+        # Said at the beginning, too: who finds an unfinished store looks there for the command that finishes it.
+        made = tokenize_corpus(plan, model, out, options, show, started=record)
     new = made.rows - made.resumed_rows
     if made.did_something or not run_file(out).exists():
-        write_whole(run_file(out), canonical_json(record))
+        record(rows=made.rows, counts=asdict(made.counts), seconds=made.seconds)
     lines = [f"{out}: {made.rows:,} rows ({new:,} of them in this run, {made.resumed_rows:,} found committed)"]
     if made.appended_rows:
         lines.append(f"appended: {made.appended_rows:,} rows, behind the {made.rows - made.appended_rows:,} of before")

@@ -23,10 +23,10 @@ from pipelines.recipes import PRIOR_RECIPES, fit_config, read_tables
 from pipelines.results import Result
 from pipelines.train import Task, run_job
 from vqmill import Codes, open_codes
+from vqmill.commits import Counts
 from vqmill.errors import CodesError, UsageError
 from vqmill.files import canonical_json, write_whole
 from vqmill.loader import CodeBatches
-from vqmill.writer import Counts
 
 EVALUATION_LIMIT = 4096  # held-out samples that an evaluation looks at
 BASELINE_CODES = 4_000_000  # of training; more would not move the figures, and take gigabytes

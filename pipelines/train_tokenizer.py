@@ -26,10 +26,10 @@ from pipelines.planning import planned
 from pipelines.recipes import TOKENIZER_RECIPES, fit_config, read_tables
 from pipelines.results import Result
 from pipelines.train import Task, run_job
+from vqmill.commits import Counts
 from vqmill.errors import CodesError, UsageError
 from vqmill.files import canonical_json, write_whole
 from vqmill.layout import parquet_bytes
-from vqmill.writer import Counts
 
 QUARANTINE_FILE = "quarantine.parquet"
 PICTURE_FILE = "reconstructions.png"

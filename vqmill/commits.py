@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -70,6 +71,13 @@ class Commit:
             numbers += [record["counts"][field.name] for field in fields(Counts)]
             if not all(type(number) is int and number >= 0 for number in numbers):
                 raise ValueError("numbers must be whole")
+            for name, facts in record["files"].items():
+                if not (
+                    type(facts["bytes"]) is int
+                    and facts["bytes"] >= 0
+                    and re.fullmatch("[0-9a-f]{64}", facts["sha256"])
+                ):
+                    raise ValueError(f"the size or checksum of {name} is none")
             return cls(
                 shard=int(record["shard"]),
                 first_row=int(record["first_row"]),

@@ -16,14 +16,14 @@ import pyarrow.parquet as pq
 
 from vqmill import layout
 from vqmill.chunks import ChunkLayout
+from vqmill.commits import Commit
 from vqmill.errors import CodesError
 from vqmill.places import Folder
 from vqmill.problems import Kind, Problem, runs, some, span
 from vqmill.reader import ShardedArray
 from vqmill.spec import CODECS, LevelSpec, StoreSpec
-from vqmill.tables import QUARANTINE_SCHEMA, SAMPLES_SCHEMA
+from vqmill.tables import MAX_PART_ROWS, QUARANTINE_SCHEMA, SAMPLES_SCHEMA, check_part
 from vqmill.usage import CodeUsage
-from vqmill.writer import Commit
 
 
 @dataclass
@@ -270,6 +270,7 @@ def _table(path: Path, schema: pa.Schema, rows: int | None = None) -> pa.Table:
                 raise CodesError(
                     f"holds {count:,} rows of {some(file.schema_arrow.names) or 'nothing'}, expected {expected}"
                 )
+            check_part(file, rows if rows is not None else MAX_PART_ROWS)
             return file.read()  # pyright: ignore[reportUnknownMemberType]
     except (OSError, pa.ArrowException) as error:
         raise CodesError(f"cannot be read ({error})") from error

@@ -76,8 +76,9 @@ def hold_lock(path: Path, advice: str) -> int:
     Raises:
         UsageError: another process holds it.
     """
-    make_folder(path.parent)
-    descriptor = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o644)
+    real = path.resolve()  # whatever link it is called by
+    make_folder(real.parent)
+    descriptor = os.open(real.with_name(f".{real.name}.lock"), os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import zarr
-from zarr.codecs import BloscCodec, Crc32cCodec, ShardingCodec, ZstdCodec
+from zarr.codecs import BloscCodec, Crc32cCodec, ZstdCodec
 from zarr.core.buffer import default_buffer_prototype
 from zarr.core.sync import sync
 from zarr.storage import MemoryStore
@@ -163,26 +163,6 @@ def _stored(array: zarr.Array[Any], key: str) -> bytes:
     buffer = sync(array.store.get(key, default_buffer_prototype()))
     assert buffer is not None, f"zarr kept nothing under {key}"
     return buffer.to_bytes()
-
-
-def same_layout(found: zarr.Array[Any], expected: zarr.Array[Any]) -> bool:
-    """Whether two arrays differ in nothing but the number of rows and the rows of a chunk."""
-
-    def facts(array: zarr.Array[Any]) -> list[Any]:
-        metadata = array.metadata
-        values = [
-            getattr(metadata, name, None)
-            for name in ("zarr_format", "data_type", "chunk_grid", "fill_value", "dimension_names")
-        ]
-        for codec in getattr(metadata, "codecs", ()):
-            values += (
-                [codec.codecs, codec.index_codecs, codec.index_location]
-                if isinstance(codec, ShardingCodec)
-                else [codec]
-            )
-        return [array.shape[1:], *values]
-
-    return facts(found) == facts(expected)
 
 
 def array_metadata(spec: StoreSpec) -> dict[str, bytes]:

@@ -1,7 +1,7 @@
 """Mends what can be mended in a store, so that the job that made it can finish it again.
 
 Never guesses: what is left is what was committed and found whole. `plan_repair` decides and touches nothing; `repair_store` carries it out
-in an order that a kill at any moment leaves a store that says less than it holds, never more.
+in an order that leaves, after a kill at any moment, a store that verify and another repair understand.
 """
 
 from __future__ import annotations
@@ -135,6 +135,11 @@ def repair_store(
         spec = layout.read_spec(path)
         problems = verify_store(path, progress, again=again).problems
         plan = plan_repair(spec, problems, [file.relative_to(path).as_posix() for file in files_of(path)])
+        for name in (*plan.rewrite, *plan.tail, *plan.remove, *plan.remake):
+            if (path / name).is_dir() or any(above.is_file() for above in (path / name).parents):
+                raise CodesError(
+                    f"{path / name}: a folder where a file belongs, or a file where its folder belongs. Take it away by hand."
+                )
         if not dry_run:
             _carry_out(path, plan)
             _require_mended(path, plan)
@@ -144,14 +149,23 @@ def repair_store(
 
 
 def _carry_out(path: Path, plan: RepairPlan) -> None:
-    """The group first: from then on readers refuse the store, or see only rows that stay."""
+    """Damaged files first, then the group, then the rest.
+
+    A job that goes on after a kill, before the repair is run again, so knows what to make anew; and once the group is written, readers
+    refuse the store, or see only rows that stay.
+    """
     metadata = {**layout.array_metadata(plan.spec), "zarr.json": layout.group_metadata(plan.spec)}
+    _remove(path, plan.remake)
     for name in sorted(plan.rewrite, key=lambda name: name != "zarr.json"):
         write_whole(path / name, metadata[name])
-    removed = [path / name for name in (*plan.tail, *plan.remove, *plan.remake)]
-    for file in removed:
+    _remove(path, (*plan.tail, *plan.remove))
+
+
+def _remove(path: Path, names: Iterable[str]) -> None:
+    files = [path / name for name in names]
+    for file in files:
         file.unlink(missing_ok=True)
-    for folder in sorted({file.parent for file in removed if file.parent.is_dir()}):
+    for folder in sorted({file.parent for file in files if file.parent.is_dir()}):
         sync_folder(folder)
 
 

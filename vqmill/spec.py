@@ -30,6 +30,7 @@ RESERVED_NAMES = (
 CODECS = ("blosc-zstd", "blosc-lz4", "zstd")  # layout.py builds them
 MAX_ROW_BYTES = 64 * 1024 * 1024  # what a reader takes memory for on the word of a file: one row,
 MAX_CHUNK_BYTES = 16 * 1024 * 1024  # a chunk of several rows,
+MOST_ROWS_PER_SHARD = MAX_CHUNK_BYTES // 8  # whose labels are one chunk,
 MAX_CHUNKS_PER_SHARD = 65_536  # the index of a Zarr shard,
 MAX_SHARD_BYTES = 4 * 1024 * 1024 * 1024  # one Zarr shard of one level,
 MAX_ROWS = 2**48  # and a whole store
@@ -175,9 +176,8 @@ class StoreSpec:
                     f"level {level.name!r}: rows of {level.row_bytes:,} bytes, {self.rows_per_shard:,} in a Zarr shard; at most "
                     f"{MAX_ROW_BYTES:,} bytes a row and {MAX_SHARD_BYTES:,} a Zarr shard are read or written."
                 )
-        most = MAX_CHUNK_BYTES // 8  # labels lie in one chunk
-        if not 1 <= self.rows_per_shard <= most:
-            raise CodesError(f"rows per Zarr shard must be in 1..{most:,}, got {self.rows_per_shard:,}.")
+        if not 1 <= self.rows_per_shard <= MOST_ROWS_PER_SHARD:
+            raise CodesError(f"rows per Zarr shard must be in 1..{MOST_ROWS_PER_SHARD:,}, got {self.rows_per_shard:,}.")
         for level in self.levels:
             if (chunks := self.rows_per_shard // level.rows_per_chunk(self.rows_per_shard)) > MAX_CHUNKS_PER_SHARD:
                 raise CodesError(
@@ -286,12 +286,17 @@ class StoreSpec:
                 )
                 for segment in attributes["segments"]
             )
+            corpus = dict(attributes["corpus"])
+            for number in dict(corpus.get("skipped", {})).values():
+                _whole(number)
+            if not all(isinstance(name, str) for name in list(corpus.get("class_names", []))):
+                raise TypeError("class_names must be a list of names")
             return cls(
                 levels=levels,
                 rows_per_shard=_whole(attributes["rows_per_shard"]),
                 tokenizer=dict(attributes["tokenizer"]),
                 preprocessing=dict(attributes["preprocessing"]),
-                corpus=dict(attributes["corpus"]),
+                corpus=corpus,
                 segments=segments,
                 codec=None if attributes["codec"] is None else str(attributes["codec"]),
                 num_rows=_whole(attributes["num_rows"]),

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     import pyarrow.compute as pc
 
 ROW_COLUMN = "__row"
-MAX_TABLE_ROWS = 2**24  # of a quarantine part: a Zarr shard may be followed by many bad samples
-MAX_TABLE_BYTES = 2 * 1024 * 1024 * 1024  # of one Parquet part
 LOADER_CACHE_BYTES = 1024 * 1024  # of each array: chunks that two pools share, and labels, whose chunks serve many
 
 
@@ -50,8 +48,8 @@ def open_codes(path: str | os.PathLike[str], *, allow_incomplete: bool = False, 
         finished = spec.segments[-1].first_row if spec.segments else 0
         if not 0 < finished <= spec.num_rows:  # more, when a repair has stepped back behind them
             raise CodesError(
-                f"{place.name}: unfinished: {spec.num_rows:,} rows are committed, more are to come. "
-                "Run the same `vqmill tokenize` command to finish it, or, in Python, open it with allow_incomplete=True."
+                f"{place.name}: unfinished: {spec.num_rows:,} rows are committed, more are to come. Run the command that makes it "
+                "(`vqmill tokenize ...`) again to finish it, or, in Python, open it with allow_incomplete=True."
             )
         spec = spec.with_progress(num_rows=finished, num_commits=-(-finished // spec.rows_per_shard), complete=True)
     return Codes(place, spec, any_layout=any_layout)
@@ -297,12 +295,11 @@ class Codes:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
+        from vqmill.tables import MAX_PART_BYTES, MAX_PART_ROWS, check_part
+
         try:
-            found = pq.ParquetFile(pa.BufferReader(read_file(self.place, file, MAX_TABLE_BYTES)))
-            facts = found.metadata
-            size = sum(facts.row_group(number).total_byte_size for number in range(facts.num_row_groups))
-            if facts.num_rows > max(self.spec.rows_per_shard, MAX_TABLE_ROWS) or size > MAX_TABLE_BYTES:
-                raise CodesError(f"{facts.num_rows:,} rows and {size:,} bytes are more than a part holds")
+            found = pq.ParquetFile(pa.BufferReader(read_file(self.place, file, MAX_PART_BYTES)))
+            check_part(found, MAX_PART_ROWS)
             return found.read(columns=columns)  # pyright: ignore[reportUnknownMemberType]
         except (OSError, pa.ArrowException, CodesError) as error:
             raise CodesError(

@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from vqmill import layout
+from vqmill.commits import Commit, Counts
 from vqmill.contents import ShardFindings, check_shard, check_sizes
 from vqmill.errors import CodesError
 from vqmill.files import PARTIAL_SUFFIX
+from vqmill.places import Folder, read_file
 from vqmill.problems import NO_DAMAGE, Problem, whole_commits
 from vqmill.spec import StoreSpec
 from vqmill.stored import MAX_ARRAY_METADATA_BYTES
 from vqmill.usage import CodeUsage
-from vqmill.writer import Commit, Counts, files_of
+from vqmill.writer import files_of
 
 THREADS = min(4, os.cpu_count() or 1)  # hashing and decoding release the GIL
 
@@ -90,6 +92,10 @@ def verify_store(
         if progress:
             progress(done, spec.num_commits)
     problems += _foreign_files(spec, [name for name in names if name not in links])
+    if layout.read_spec(path) != spec:
+        raise CodesError(
+            f"{path}: changed while it was verified: a job is writing it. Wait for it to end, and verify again."
+        )
     if not spec.complete:
         problems.append(Problem("unfinished", "zarr.json", f"unfinished: {spec.num_rows:,} rows count so far"))
     return Verification(
@@ -157,9 +163,7 @@ def _metadata_problems(path: Path, spec: StoreSpec) -> Iterator[Problem]:
         array = name.split("/")[0] if "/" in name else None
         most = MAX_ARRAY_METADATA_BYTES if array else layout.MAX_METADATA_BYTES
         try:
-            if (path / name).stat().st_size > most:
-                raise ValueError(f"larger than {most:,} bytes")
-            found: Any = json.loads((path / name).read_bytes())
+            found: Any = json.loads(read_file(Folder(path), name, most))
             wanted: Any = json.loads(expected)
             if array is None:
                 found, wanted = _known_keys(found, wanted), _known_keys(wanted, wanted)
@@ -203,8 +207,7 @@ def _read_commits(path: Path, spec: StoreSpec, names: list[str], problems: list[
             continue
         name = layout.commit_file(shard)
         try:
-            if (path / name).stat().st_size > layout.MAX_METADATA_BYTES:
-                raise CodesError(f"larger than {layout.MAX_METADATA_BYTES:,} bytes")
+            read_file(Folder(path), name, layout.MAX_METADATA_BYTES)  # not a pipe, a link or too large
             commit = Commit.read(path / name)
         except (CodesError, OSError) as error:
             text = str(error).removeprefix(f"{path / name}: ").removesuffix(" Restore it from a copy.").rstrip(".")

@@ -50,7 +50,7 @@ def write_shard(
         codes: by level, integers [n, *grid], n <= rows_per_shard; n is 0 only when a whole corpus gave nothing but quarantine rows.
         samples: n rows of SAMPLES_SCHEMA.
         quarantine: rows of QUARANTINE_SCHEMA.
-        expected: what the files must be, as a commit record keeps it; nothing is written when they are not, for `StoreWriter.put_back`
+        expected: what the files must be, as a commit record keeps it; nothing is written when they are not, for `StoreWriter.accept_again`
             to refuse them.
 
     Returns:
@@ -152,8 +152,9 @@ class StoreWriter:
                 self.spec = spec.with_progress(num_rows=0, num_commits=0, complete=False)
                 self._create()
             self.commits = [Commit.read(store / layout.commit_file(shard)) for shard in range(self.spec.num_commits)]
-            self._sweep()
-            self._publish_arrays()  # a kill inside a commit leaves them ahead of the rows that count
+            if not self.spec.complete:
+                self._sweep()
+                self._publish_arrays()  # a kill inside a commit leaves them ahead of the rows that count
             self._believe_last_record()
             if self._codec is not None and self.spec.codec is None:
                 self.choose_codec(self._codec)
@@ -226,7 +227,7 @@ class StoreWriter:
             )
         ]
 
-    def put_back(self, shard: int, files: Mapping[str, Mapping[str, Any]]) -> None:
+    def accept_again(self, shard: int, files: Mapping[str, Mapping[str, Any]]) -> None:
         """Accepts the files of a committed Zarr shard that were made again.
 
         Args:
@@ -313,6 +314,10 @@ class StoreWriter:
         """Removes what a killed job left: half-written files, and Zarr shards that no commit counts."""
         known = set(committed_files(self.spec, self.commits))
         for path in files_of(self.store):
+            if path.is_symlink():
+                raise UsageError(
+                    f"{path}: a symbolic link inside a store that is being written. Put what it leads to in its place."
+                )
             if path.relative_to(self.store).as_posix() not in known:
                 path.unlink(missing_ok=True)  # an orphan may rename its half-written file under our hands
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.ordering import ShardCutter, ShardJob, contiguous
+from pipelines.ordering import ShardCutter, ShardJob
 from vqmill.commits import Counts, Cursor
 
 Span = tuple[int, int, int, int]  # input shard, span, rows, quarantined
@@ -87,9 +87,3 @@ def test_a_longer_corpus_goes_on_in_the_last_shard_opened_again(
     jobs += cutter.finish(len(old) + len(new))
     jobs[0].pieces[:0] = last.pieces
     assert [*before[:-1], *jobs] == whole
-
-
-def test_runs_of_numbers() -> None:
-    assert list(contiguous([])) == []
-    assert list(contiguous([5])) == [(5, 5)]
-    assert list(contiguous([0, 1, 3, 4, 5, 9])) == [(0, 1), (3, 5), (9, 9)]

@@ -124,12 +124,33 @@ def test_leftovers_are_swept(tmp_path, stores):
     for name in ("top/c/2/0/0", "samples/part-000002.parquet", "commits/shard-000002.json.x.partial", "stray", "a/b"):
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_bytes(b"left over")
-    (tmp_path / "outside").write_text("keep me")
-    (path / "link").symlink_to(tmp_path / "outside")
     StoreWriter(path, spec).close()
     assert stores.files(path) == before
-    assert not (path / "link").is_symlink()
-    assert (tmp_path / "outside").read_text() == "keep me"
+
+
+@pytest.mark.parametrize("name", ["bottom", "commits", "top/c/0/0/0", "stray"])
+@pytest.mark.parametrize("finished", [False, True])
+def test_links_inside_a_store_are_neither_followed_nor_removed(tmp_path, stores, name, finished):
+    """Somebody moved a part of the store to another disk: a finished store is left as it is, an unfinished one is not gone on with."""
+    spec, codes = stores.two_levels, stores.codes(stores.two_levels, 21)
+    path = stores.write(tmp_path / "codes.zarr", spec, codes, stop_after=None if finished else 2)
+    outside = tmp_path / "outside"
+    (path / name).rename(outside) if (path / name).exists() else outside.write_text("keep me")
+    (path / name).symlink_to(outside)
+    if finished:
+        StoreWriter(path, spec).close()
+    else:
+        with pytest.raises(CodesError, match="symbolic link inside a store that is being written"):
+            StoreWriter(path, spec)
+    assert (path / name).is_symlink()
+    assert outside.exists()
+
+
+def test_a_store_is_locked_by_whatever_name_it_is_called(tmp_path, stores):
+    path = stores.write(tmp_path / "codes.zarr", stores.two_levels, stores.codes(stores.two_levels, 21), stop_after=1)
+    (tmp_path / "link.zarr").symlink_to(path)
+    with StoreWriter(path, stores.two_levels), pytest.raises(CodesError, match="locked"):
+        StoreWriter(tmp_path / "link.zarr", stores.two_levels)
 
 
 def test_what_orphans_of_a_killed_job_wrote_is_swept_before_a_store_is_complete(tmp_path, stores, monkeypatch):
@@ -277,10 +298,27 @@ def test_a_damaged_commit_record_stops_a_resume(tmp_path, stores, content):
 
 
 def test_a_commit_record_survives_its_file(tmp_path):
-    commit = Commit(3, 24, 5, Cursor(1, 2, 3), Counts(5, 1, 2), {"top/c/3/0/0": {"bytes": 3, "sha256": "ab"}})
+    commit = Commit(3, 24, 5, Cursor(1, 2, 3), Counts(5, 1, 2), {"top/c/3/0/0": {"bytes": 3, "sha256": "ab" * 32}})
     (tmp_path / "record.json").write_bytes(commit.to_bytes())
     assert Commit.read(tmp_path / "record.json") == commit
     assert b'"cursor": {' in commit.to_bytes()
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {},
+        {"bytes": "x", "sha256": "ab" * 32},
+        {"bytes": -1, "sha256": "ab" * 32},
+        {"bytes": 3, "sha256": "ab"},
+        {"bytes": 3},
+    ],
+)
+def test_a_record_that_says_nonsense_of_a_file_is_damaged(tmp_path, facts):
+    commit = Commit(3, 24, 5, Cursor(1, 2, 3), Counts(5, 1, 2), {"top/c/3/0/0": facts})
+    (tmp_path / "record.json").write_bytes(commit.to_bytes())
+    with pytest.raises(CodesError, match="damaged commit record"):
+        Commit.read(tmp_path / "record.json")
 
 
 def test_only_the_last_zarr_shard_may_be_ragged(tmp_path, stores):
