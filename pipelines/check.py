@@ -38,7 +38,11 @@ def verify(store: Path, *, quick: bool) -> Result:
             lines += ["samples of a span that is half committed are counted when the rest of it is"]
     if not found.damage:
         lines += usage_lines(spec, found.used_codes, found.perplexity)
-        all_well = "every file is there with its size" if quick else "every checksum, code and row is right"
+        all_well = (
+            "every file is there with its size; what is in them was not read"
+            if quick
+            else "every checksum, code and row is right"
+        )
         lines.append(all_well if spec.complete else f"of what is committed, {all_well}")
     else:
         lines.append(f"{len(found.damage):,} problem{'s' if len(found.damage) > 1 else ''}")
@@ -87,8 +91,21 @@ def recorded_command(store: Path) -> str | None:
     words: JsonValue = record.get("command") if isinstance(record, dict) else None
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         return None
-    command, folder = shlex.join(map(str, words)), record.get("folder") if isinstance(record, dict) else None
-    return command if folder in (None, str(Path.cwd())) else f"cd {shlex.quote(str(folder))} && {command}"
+    folder = record.get("folder") if isinstance(record, dict) else None
+    elsewhere = isinstance(folder, str) and folder != str(Path.cwd())
+    command = shlex.join(_with_out(list(map(str, words)), store.absolute() if elsewhere else store))
+    return f"cd {shlex.quote(str(folder))} && {command}" if elsewhere else command
+
+
+def _with_out(words: list[str], store: Path) -> list[str]:
+    """A recorded command, for the store at the place where it is now, and for people to read."""
+    words = [word for word in words if word != "--json"]
+    for place, word in enumerate(words):
+        if word == "--out" and place + 1 < len(words):
+            words[place + 1] = str(store)
+        elif word.startswith("--out="):
+            words[place] = f"--out={store}"
+    return words
 
 
 def usage_lines(spec: StoreSpec, used: Mapping[str, int], perplexity: Mapping[str, float]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -24,9 +24,7 @@ from vqmill.source import (
     reading_threads,
     whole_number,
 )
-
-if TYPE_CHECKING:
-    from vqmill.store import Codes
+from vqmill.store import Codes
 
 
 class MixedBatches:
@@ -59,6 +57,11 @@ class MixedBatches:
         Raises:
             CodesError: stores of different tokenizers or grids, without rows, or an option out of its range.
         """
+        pairs = cast("Sequence[Any]", stores)
+        if not all(isinstance(pair, tuple) and isinstance(pair[0], Codes) for pair in pairs):
+            raise CodesError(
+                "stores must be a list of pairs, each an open store and its weight: [(codes_a, 0.7), (codes_b, 0.3)]."
+            )
         self._weights = _shares([weight for _, weight in stores])
         first = stores[0][0]
         for codes, _ in stores[1:]:

@@ -102,8 +102,11 @@ class RowSource:
             self._rows: int | Integers = len(codes)
             self.num_rows, chosen = len(codes), f"all {len(codes)}"
         else:
-            self._rows = _checked_rows(rows, len(codes))
-            self.num_rows, chosen = len(self._rows), hashlib.sha256(self._rows.tobytes()).hexdigest()[:16]
+            some = _checked_rows(np.asarray(rows), len(codes))
+            self.num_rows, chosen = len(some), hashlib.sha256(some.tobytes()).hexdigest()[:16]
+            self._rows = some
+            if len(some) and some[-1] == len(some) - 1:  # the first rows: all that a store had before it grew
+                self._rows, chosen = len(some), f"all {len(some)}"
         self._block_rows = max(codes[level].chunk_rows for level in codes.levels)
         spec = codes.spec
         self.identity: dict[str, Any] = {
@@ -127,8 +130,9 @@ class RowSource:
         """
         for name, mine in self.identity.items():
             if state.get(name) != mine:
+                grown = " If the store has grown since, give the rows it had: rows=range(N)." if name == "rows" else ""
                 raise CodesError(
-                    f"the loader's state was taken with {name}={state.get(name)!r}, this loader has {mine!r}."
+                    f"the loader's state was taken with {name}={state.get(name)!r}, this loader has {mine!r}.{grown}"
                 )
 
     def shape(self, split: Split, pool_bytes: int | None, share: Fraction = Fraction(1)) -> Shape:

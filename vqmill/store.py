@@ -48,7 +48,7 @@ def open_codes(path: str | os.PathLike[str], *, allow_incomplete: bool = False, 
         finished = spec.segments[-1].first_row if spec.segments else 0
         if not 0 < finished <= spec.num_rows:  # more, when a repair has stepped back behind them
             raise CodesError(
-                f"{place.name}: unfinished: {spec.num_rows:,} rows are committed, more are to come. Run the command that makes it "
+                f"{place.name}: unfinished: {spec.num_rows:,} rows are committed, and some are missing or still to come. Run the command that makes it "
                 "(`vqmill tokenize ...`) again to finish it, or, in Python, open it with allow_incomplete=True."
             )
         spec = spec.with_progress(num_rows=finished, num_commits=-(-finished // spec.rows_per_shard), complete=True)
@@ -100,6 +100,10 @@ class Codes:
         Raises:
             CodesError: no such level.
         """
+        if level == layout.LABEL:
+            raise CodesError(
+                "labels are no level: codes.labels has all of them, codes.label_array reads what is indexed."
+            )
         self.spec.level(level)
         return self._arrays[level]
 
@@ -156,6 +160,8 @@ class Codes:
         from vqmill.tables import SAMPLES_SCHEMA
 
         rows = np.asarray(rows, np.int64)
+        if rows.ndim != 1:
+            raise IndexError(f"a list of row numbers is expected, got shape {rows.shape}")
         if rows.size and not 0 <= rows.min() <= rows.max() < len(self):
             raise IndexError(f"rows must lie in 0..{len(self) - 1}, got {rows.min()}..{rows.max()}")
         distinct, places = np.unique(rows, return_inverse=True)

@@ -39,6 +39,11 @@ def damage(store: Path) -> None:
     (store / BROKEN).write_bytes(data[:100] + b"x" + data[101:])
 
 
+def quoted(store: Path) -> str:
+    """The recorded command, for the store at the place where it is now."""
+    return QUOTED.replace("--out codes.zarr", f"--out {store}")
+
+
 def test_verify_says_that_all_is_well(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("verify", store, "--json") == 3  # three samples are in quarantine
     text, facts = printed(capsys)
@@ -61,7 +66,7 @@ def test_verify_says_where_and_what_to_do(store: Path, capsys: pytest.CaptureFix
     where = "from input shards 1..2 (shard-000001.tar, shard-000002.tar)"
     assert f"PROBLEM {BROKEN} (level 'bottom', Zarr shard 1, rows 32..47, {where}): damaged: " in text
     assert "chunk 0 (rows 32..47) cannot be decoded" in text
-    assert f"To make it again, run: vqmill repair {store}, then: {QUOTED}" in text
+    assert f"To make it again, run: vqmill repair {store}, then: {quoted(store)}" in text
     assert "1 problem" in text
     assert {name: problem[name] for name in ("kind", "file", "array", "shards", "rows", "input_shards", "sources")} == {
         "kind": "damaged", "file": BROKEN, "array": "bottom", "shards": [1, 1], "rows": [32, 47], "input_shards": [1, 2],
@@ -76,7 +81,7 @@ def test_repair_says_what_it_does_and_what_comes_next(store: Path, capsys: pytes
     assert run("repair", store, "--dry-run", "--json") == 1
     text, planned = printed(capsys)
     assert "would do: stray: removed" in text
-    assert f"afterwards, run: {QUOTED}" in text
+    assert f"afterwards, run: {quoted(store)}" in text
     assert (store / "stray").exists()
     assert run("repair", store, "--json") == 1
     text, facts = printed(capsys)
@@ -87,8 +92,8 @@ def test_repair_says_what_it_does_and_what_comes_next(store: Path, capsys: pytes
         "stray: removed",
         f"{BROKEN}: removed, to be made again",
     ]
-    assert text.endswith(f"to finish the store, run: {QUOTED}")
-    assert facts["next"] == QUOTED
+    assert text.endswith(f"to finish the store, run: {quoted(store)}")
+    assert facts["next"] == quoted(store)
     assert not (store / BROKEN).exists()
     assert run("verify", store, "--json") == 1
     assert "unfinished" in printed(capsys)[0]

@@ -337,6 +337,21 @@ def test_numbers_of_numpy_are_numbers(codes):
     assert flat(loader) == flat(expected)
 
 
+def test_a_state_of_a_store_that_has_grown(tmp_path, stores, codes, pool):
+    """With the rows that it had, the loader goes on in the same order."""
+    fewer = stores.write(
+        tmp_path / "codes.zarr", stores.two_levels, stores.codes(stores.two_levels, 21), list(range(21))
+    )
+    before = vqmill.open_codes(fewer).batches(4, shuffle=True, **pool)
+    first = next(iter(before))["row"].tolist()
+    with pytest.raises(CodesError, match="rows=range"):
+        codes.batches(4, shuffle=True, **pool).load_state_dict(before.state_dict())
+    after = codes.batches(4, shuffle=True, rows=range(21), **pool)
+    after.load_state_dict(before.state_dict())
+    assert flat(after) == flat(before)
+    assert first
+
+
 def test_a_state_of_another_store_is_refused(tmp_path, codes, stores):
     """The same rows in chunks of another size have another order."""
     spec = replace(stores.two_levels, rows_per_shard=16)

@@ -119,6 +119,16 @@ def test_weights_must_be_above_zero(mixed, weights):
         MixedBatches([], 4)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [lambda codes: [codes, codes], lambda codes: "c.zarr", lambda codes: [("c.zarr", 1)]],
+    ids=["no weights", "a path", "paths"],
+)
+def test_what_is_no_list_of_pairs_is_refused(mixed, wrong):
+    with pytest.raises(CodesError, match="pairs"):
+        MixedBatches(wrong(mixed[0][0]), 4)
+
+
 def test_a_state_of_other_weights_or_rows_is_refused(mixed, stores_and_weights):
     state = MixedBatches(stores_and_weights, 4).state_dict()
     others = [
