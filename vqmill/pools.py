@@ -63,7 +63,7 @@ class EpochReader:
         Args:
             order: of the epoch.
             readers: by array name.
-            memory: room for `lanes_read` pools, and for one more at least; nobody else uses it.
+            memory: room for `lanes_read` pools at least; with more, pools are read ahead. Nobody else uses it.
             executor: threads that read.
             start: the first place.
             stride: number of ranks.
