@@ -9,9 +9,12 @@
 
 from typing import Any
 
-from tokenizer.config import PRESETS, TokenizerConfig, preset_config
+from tokenizer.config import TokenizerConfig
+from tokenizer.fsq import FSQuantizer
 from tokenizer.models import Reconstruction, Tokenizer
-from tokenizer.quantizers import EMAQuantizer, Quantized
+from tokenizer.presets import PRESETS, preset_config
+from tokenizer.quantizers import EMAQuantizer, GradientQuantizer, Quantized, Recipe
+from tokenizer.residual import ResidualQuantizer
 from tokenizer.saving import FILE_NAME, dumps, load, loads, save
 from tokenizer.step import TokenizerStep
 
@@ -19,8 +22,12 @@ __all__ = [
     "FILE_NAME",
     "PRESETS",
     "EMAQuantizer",
+    "FSQuantizer",
+    "GradientQuantizer",
     "Quantized",
+    "Recipe",
     "Reconstruction",
+    "ResidualQuantizer",
     "Tokenizer",
     "TokenizerConfig",
     "TokenizerStep",

@@ -1,4 +1,4 @@
-"""The residual block that encoders and decoders share."""
+"""The residual block of van den Oord et al. 2017, which encoders and decoders share."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from torch import Tensor, nn
 
 
 class ResidualBlock(nn.Module):
-    """x + conv1x1(relu(conv3x3(relu(x)))), as in van den Oord et al. 2017, section 4.1."""
+    """x + conv1x1(relu(conv3x3(relu(x)))) (van den Oord et al. 2017, section 4.1)."""
 
-    def __init__(self, hidden_dim: int, residual_dim: int) -> None:
+    def __init__(self, hidden_dim: int, residual_dim: int, *, bias: bool = True) -> None:
         super().__init__()
-        self.conv3 = nn.Conv2d(hidden_dim, residual_dim, 3, padding=1)
-        self.conv1 = nn.Conv2d(residual_dim, hidden_dim, 1)
+        self.conv3 = nn.Conv2d(hidden_dim, residual_dim, 3, padding=1, bias=bias)
+        self.conv1 = nn.Conv2d(residual_dim, hidden_dim, 1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """Features, float [N, hidden_dim, h, w] -> the same shape."""
         return x + self.conv1(F.relu(self.conv3(F.relu(x))))
 
 
-def residual_stack(hidden_dim: int, residual_dim: int, num_blocks: int) -> nn.Sequential:
+def residual_stack(hidden_dim: int, residual_dim: int, num_blocks: int, *, bias: bool = True) -> nn.Sequential:
     """Residual blocks in a row, then a ReLU (the blocks themselves end linear)."""
-    blocks = [ResidualBlock(hidden_dim, residual_dim) for _ in range(num_blocks)]
+    blocks = [ResidualBlock(hidden_dim, residual_dim, bias=bias) for _ in range(num_blocks)]
     return nn.Sequential(*blocks, nn.ReLU())

@@ -26,22 +26,21 @@ def perplexity(counts: Tensor) -> Tensor:
     """How many codes a uniform choice would need to be as varied as this one: exp of the entropy; in [1, K].
 
     Args:
-        counts: [K], how often each code occurs in a whole data set; no codes at all give 0.
+        counts: [..., K], how often each code occurs in a whole data set; no codes at all give 0.
 
     >>> float(perplexity(torch.tensor([5, 5, 0])))
     2.0
     """
     counts = counts.double()
-    total = counts.sum()
-    return (total > 0) * torch.special.entr(
-        counts / total.clamp(min=1)
-    ).sum().exp()  # no branch: no wait for the device
+    total = counts.sum(dim=-1, keepdim=True)
+    entropy = torch.special.entr(counts / total.clamp(min=1)).sum(dim=-1)
+    return (total.squeeze(-1) > 0) * entropy.exp()  # no branch: no wait for the device
 
 
 def used_codes(counts: Tensor) -> Tensor:
-    """How many codes occur at least once, int64.
+    """How many codes of [..., K] occur at least once, int64.
 
     >>> int(used_codes(torch.tensor([5, 5, 0])))
     2
     """
-    return (counts > 0).sum()
+    return (counts > 0).sum(dim=-1)

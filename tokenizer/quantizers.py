@@ -1,7 +1,8 @@
-"""Vector quantization with a codebook that follows the encoder by moving averages."""
+"""Vector quantization with a learned codebook: entries that follow the features by moving averages, or that gradients move."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizer.kmeans import cluster_statistics, refine_entries, seed_entries
+from tokenizer.passing import pass_gradient
 from tokenizer.search import nearest
 
 LLOYD_ITERATIONS = 5  # after k-means++ seeding; more changes the distortion by little
@@ -19,12 +21,13 @@ class Quantized:
     """What a quantizer makes of a feature map.
 
     Attributes:
-        vectors: float32 [N, D, h, w], the codebook entries; gradients pass straight through to the features.
-        codes: int64 [N, h, w] in [0, K).
-        loss: scalar, mean squared distance of the features from their entries; its gradient moves the features only.
-        counts: float32 [K], how often each code was used here.
-        sums: float32 [K, D], the sum of the features that went to each code.
-        pool: float32 [P, D], some of the features, from which unused codes may be revived.
+        vectors: float32 [N, D, h, w], the codebook entries; gradients pass to the features.
+        codes: int64 [N, h, w] in [0, K); of a residual quantizer with Q stages [N, Q, h, w].
+        loss: scalar: beta x the mean squared distance of the features from their entries, which moves the features; of a gradient
+            codebook also that distance as the entries see it, which moves the entries (van den Oord et al. 2017, eq. 3).
+        counts: float32 [K], how often each code was used here; residual [Q, K].
+        sums: float32 [K, D], the sum of the features that went to each code; residual [Q, K, D]; empty where nothing is learned.
+        pool: float32 [P, D], some of the features, from which codes are made and revived; empty where nothing is learned.
     """
 
     vectors: Tensor
@@ -35,67 +38,88 @@ class Quantized:
     pool: Tensor
 
 
-class EMAQuantizer(nn.Module):
-    """A codebook whose entries are moving averages of the features assigned to them (van den Oord et al. 2017, appendix A.1).
+@dataclass(frozen=True)
+class Recipe:
+    """How a codebook begins, and what is done about codes that are not used; fields as in `TokenizerConfig`."""
 
-    `forward` is pure; `update`, called after the optimizer's step with statistics added over micro-batches and ranks, moves the
-    codebook. Its life has two parts:
+    codebook_start: str = "kmeans"
+    start_step: int = 100
+    revival: str = "rare"
+    revive_fraction: float = 0.03
+    revive_after: int = 100
+    pool_size: int = 4096
+    commitment_cost: float = 0.25
+    ema_decay: float = 0.99
+    normalize: bool = False
+    rotation: bool = False
+
+
+class CodebookQuantizer(nn.Module, ABC):
+    """A codebook of K entries of width D. `forward` is pure; `update`, called after the optimizer's step, moves what is to move.
+
+    With the k-means start its life has two parts:
 
     1. Updates before `start_step`: in training mode features pass unquantized with a loss of 0, so that the network learns as a
        plain autoencoder. (In evaluation mode features are always quantized.)
-    2. Update `start_step` makes the codebook from the pool by k-means++ and Lloyd's iterations. From then on updates average:
-       counts and sums start at zero with that first observation, so the bias of a young average is equal in both and cancels in
-       entry = sum / count. A code used less than `revive_fraction` of the mean takes a feature from the pool, drawn by the k-means++
-       rule: vector, count and sum together.
+    2. Update `start_step` makes the codebook from the pool by k-means++ and Lloyd's iterations.
 
-    Everything is float32, also under autocast. All state is in buffers.
+    Otherwise features are quantized from the beginning. Everything is float32, also under autocast.
 
     Args:
         codebook_size: K.
         code_dim: D.
-        ema_decay: what an update keeps of counts and sums.
-        start_step: see above, at least 1.
-        revive_fraction: see above; 0 revives nothing.
-        pool_size: features that `forward` offers in `Quantized.pool`, at most.
+        recipe: see there.
     """
 
-    codebook: Tensor
+    codebook: Tensor  # a buffer or a parameter, as the subclass has it
     ema_counts: Tensor
-    ema_sums: Tensor
+    idle_updates: Tensor
     num_updates: Tensor
+    learned = True
 
-    def __init__(
-        self,
-        codebook_size: int,
-        code_dim: int,
-        ema_decay: float = 0.99,
-        start_step: int = 100,
-        revive_fraction: float = 0.03,
-        pool_size: int = 4096,
-    ) -> None:
+    def __init__(self, codebook_size: int, code_dim: int, recipe: Recipe) -> None:
         super().__init__()
-        self.ema_decay = ema_decay
-        self.start_step = start_step
-        self.revive_fraction = revive_fraction
-        self.pool_size = pool_size
-        self.register_buffer("codebook", torch.randn(codebook_size, code_dim))
+        self.recipe = recipe
+        self.first_update = recipe.start_step if recipe.codebook_start == "kmeans" else 0
         self.register_buffer("ema_counts", torch.zeros(codebook_size))
-        self.register_buffer("ema_sums", torch.zeros(codebook_size, code_dim))
+        self.register_buffer("idle_updates", torch.zeros(codebook_size, dtype=torch.int64))
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
+
+    @abstractmethod
+    def _follow(self, counts: Tensor, sums: Tensor) -> None:
+        """Moves entries by one step's statistics, after `ema_counts` has moved."""
+
+    @abstractmethod
+    def _replace(self, chosen: Tensor, entries: Tensor) -> None:
+        """Puts new entries [k, D] in the places that a mask [K] chooses, with whatever belongs to them."""
+
+    @abstractmethod
+    def _entries_loss(self, features: Tensor, entries: Tensor) -> Tensor:
+        """The loss by which entries learn."""
 
     @property
     def codebook_size(self) -> int:
         """K."""
         return self.codebook.shape[0]
 
+    @property
+    def entries(self) -> Tensor:
+        """float32 [K, D]: what codes stand for; of length 1 when the recipe says so."""
+        return F.normalize(self.codebook, dim=1) if self.recipe.normalize else self.codebook
+
+    @property
+    def half_way(self) -> Tensor:
+        """bool scalar: half the updates before the codebook's start are over."""
+        return self.num_updates >= self.first_update // 2
+
     def encode(self, z: Tensor) -> Tensor:
         """The codes of a feature map, always quantizing: float [N, D, h, w] -> int64 [N, h, w]."""
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
-            return nearest(_rows(z), self.codebook).view(z.shape[0], *z.shape[2:])
+            return nearest(rows_of(self._prepared(z)), self.entries).view(z.shape[0], *z.shape[2:])
 
     def decode(self, codes: Tensor) -> Tensor:
         """The entries of codes: int64 [N, h, w] in [0, K) -> float32 [N, D, h, w]."""
-        return F.embedding(codes, self.codebook).permute(0, 3, 1, 2).contiguous()
+        return F.embedding(codes, self.entries).permute(0, 3, 1, 2).contiguous()
 
     def forward(self, z: Tensor) -> Quantized:
         """Quantizes features; pure. See `Quantized`.
@@ -104,31 +128,26 @@ class EMAQuantizer(nn.Module):
             z: float [N, D, h, w].
         """
         with torch.autocast(z.device.type, enabled=False):
-            z = z.float()
+            z = self._prepared(z)
             codes = self.encode(z)
             entries = self.decode(codes)
-            vectors = entries + (z - z.detach())  # the second term is 0, so the value is the entry, bit for bit
-            loss = F.mse_loss(z, entries)
-            if self.training:
-                started = self.num_updates >= self.start_step
+            vectors = pass_gradient(z, entries.detach(), rotation=self.recipe.rotation)
+            loss = self.recipe.commitment_cost * F.mse_loss(z, entries.detach()) + self._entries_loss(
+                z.detach(), entries
+            )
+            if self.training and self.first_update:
+                started = self.num_updates >= self.first_update
                 vectors = torch.where(started, vectors, z)
                 loss = loss * started
-            rows = _rows(z.detach())
+            rows = rows_of(z.detach())
             counts, sums = cluster_statistics(rows, codes.flatten(), self.codebook_size)
-            return Quantized(vectors, codes, loss, counts, sums, self._pool(rows))
+            return Quantized(vectors, codes, loss, counts, sums, sample_rows(rows, self.recipe.pool_size))
 
-    def _pool(self, rows: Tensor) -> Tensor:
-        """At most `pool_size` rows, at random places that are the same in every call, so that `forward` stays pure.
-
-        Not every n-th row: that would see only some columns of the grid.
-        """
-        if len(rows) <= self.pool_size:
-            return rows.clone()
-        places = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[: self.pool_size]
-        return rows[places.to(rows.device)]
+    def _prepared(self, z: Tensor) -> Tensor:
+        return F.normalize(z.float(), dim=1) if self.recipe.normalize else z.float()
 
     @torch.no_grad()
-    def update(self, counts: Tensor, sums: Tensor, pool: Tensor, generator: torch.Generator) -> None:
+    def update(self, counts: Tensor, sums: Tensor, pool: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """Moves the codebook by one step's statistics. Equal arguments give equal bits on every rank.
 
         Args:
@@ -136,33 +155,47 @@ class EMAQuantizer(nn.Module):
             sums: float32 [K, D], likewise.
             pool: float32 [P, D], `Quantized.pool` concatenated over them, P >= 1.
             generator: a CPU generator in the same state on all ranks.
+
+        Returns:
+            By name of the codebook, bool [K]: entries that were replaced, so that nothing which an optimizer knows of the old ones holds.
         """
         self.num_updates += 1
         num_updates = int(self.num_updates)
-        if num_updates < self.start_step:
-            return
-        if num_updates == self.start_step:
+        replaced = torch.zeros_like(self.ema_counts, dtype=torch.bool)
+        if num_updates < self.first_update:
+            return {"codebook": replaced}
+        if num_updates == self.first_update:
+            replaced = ~replaced
             points = self._thinned(pool, generator)
             entries = seed_entries(points, self.codebook_size, generator)
             entries, counts, sums = refine_entries(points, entries, LLOYD_ITERATIONS)
-            self.codebook.copy_(entries)
-        self.ema_counts.lerp_(counts.to(self.ema_counts), 1 - self.ema_decay)
-        self.ema_sums.lerp_(sums.to(self.ema_sums), 1 - self.ema_decay)
-        used = self.ema_counts[:, None] > 0
-        self.codebook.copy_(torch.where(used, self.ema_sums / self.ema_counts[:, None], self.codebook))
-        self._revive(pool, generator)
+            self._replace(replaced, entries.to(self.codebook))
+        counts, sums = counts.to(self.ema_counts), sums.to(self.ema_counts)
+        self.ema_counts.lerp_(counts, 1 - self.recipe.ema_decay)
+        self.idle_updates.copy_((self.idle_updates + 1) * (counts == 0))
+        self._follow(counts, sums)
+        return {"codebook": replaced | self._revive(pool, generator)}
 
-    def _revive(self, pool: Tensor, generator: torch.Generator) -> None:
+    def _revive(self, pool: Tensor, generator: torch.Generator) -> Tensor:
+        """Gives codes that are of no use an entry out of the pool; says which."""
         mean = self.ema_counts.mean()
-        dead = self.ema_counts < self.revive_fraction * mean
+        if self.recipe.revival == "rare":
+            dead = self.ema_counts < self.recipe.revive_fraction * mean
+        elif self.recipe.revival == "unused":
+            dead = self.idle_updates >= self.recipe.revive_after
+        else:
+            return torch.zeros_like(self.ema_counts, dtype=torch.bool)
         num_dead = int(dead.sum())
         if num_dead == 0:
-            return
-        vectors = seed_entries(self._thinned(pool, generator), num_dead, generator, self.codebook[~dead].cpu())
-        vectors = vectors.to(self.codebook)
-        self.codebook[dead] = vectors
+            return dead
+        if self.recipe.revival == "rare":  # drawn by the k-means++ rule, far from the entries that live
+            entries = seed_entries(self._thinned(pool, generator), num_dead, generator, self.entries[~dead].cpu())
+        else:  # uniformly, as the source does
+            entries = pool.cpu()[torch.randint(len(pool), (num_dead,), generator=generator)]
         self.ema_counts[dead] = mean
-        self.ema_sums[dead] = vectors * mean
+        self.idle_updates[dead] = 0
+        self._replace(dead, entries.to(self.codebook))
+        return dead
 
     def _thinned(self, pool: Tensor, generator: torch.Generator) -> Tensor:
         """At most 32 K features of the pool, on the CPU: many ranks must not make k-means slow."""
@@ -176,10 +209,74 @@ class EMAQuantizer(nn.Module):
         Called once, when training ends: codes made before mean something else afterwards.
         """
         order = torch.argsort(self.ema_counts, descending=True, stable=True)
-        for buffer in (self.codebook, self.ema_counts, self.ema_sums):
-            buffer.copy_(buffer[order])
+        for tensor in self.state_dict().values():
+            if tensor.ndim:
+                tensor.copy_(tensor[order])
 
 
-def _rows(z: Tensor) -> Tensor:
-    """[N, D, h, w] -> float32 [N*h*w, D]."""
-    return z.float().permute(0, 2, 3, 1).reshape(-1, z.shape[1])
+class EMAQuantizer(CodebookQuantizer):
+    """Entries are moving averages of the features assigned to them (van den Oord et al. 2017, appendix A.1).
+
+    Counts and sums start at zero, so the bias of a young average is equal in both and cancels in entry = sum / count (sonnet divides it
+    out of each; zalandoresearch's sums begin at random and are not debiased). An entry that was never used stays as it began. A revived
+    code gets vector, count and sum together.
+    """
+
+    ema_sums: Tensor
+
+    def __init__(self, codebook_size: int, code_dim: int, recipe: Recipe | None = None) -> None:
+        super().__init__(codebook_size, code_dim, recipe or Recipe())
+        self.register_buffer("codebook", first_entries(codebook_size, code_dim, self.recipe.codebook_start))
+        self.register_buffer("ema_sums", torch.zeros(codebook_size, code_dim))
+
+    def _follow(self, counts: Tensor, sums: Tensor) -> None:
+        self.ema_sums.lerp_(sums, 1 - self.recipe.ema_decay)
+        used = self.ema_counts[:, None] > 0
+        self.codebook.copy_(torch.where(used, self.ema_sums / self.ema_counts[:, None], self.codebook))
+
+    def _replace(self, chosen: Tensor, entries: Tensor) -> None:
+        self.codebook[chosen] = entries
+        self.ema_sums[chosen] = entries * self.ema_counts[chosen, None]
+
+    def _entries_loss(self, features: Tensor, entries: Tensor) -> Tensor:
+        return torch.zeros((), device=features.device)
+
+
+class GradientQuantizer(CodebookQuantizer):
+    """Entries are weights that an optimizer moves towards their features (van den Oord et al. 2017, eq. 3); averages only count uses."""
+
+    def __init__(self, codebook_size: int, code_dim: int, recipe: Recipe | None = None) -> None:
+        super().__init__(codebook_size, code_dim, recipe or Recipe())
+        self.codebook = nn.Parameter(first_entries(codebook_size, code_dim, self.recipe.codebook_start))
+
+    def _follow(self, counts: Tensor, sums: Tensor) -> None:
+        """Nothing: the optimizer has moved them."""
+
+    def _replace(self, chosen: Tensor, entries: Tensor) -> None:
+        self.codebook[chosen] = entries
+
+    def _entries_loss(self, features: Tensor, entries: Tensor) -> Tensor:
+        return F.mse_loss(entries, features)
+
+
+def first_entries(codebook_size: int, code_dim: int, start: str) -> Tensor:
+    """A codebook of random numbers, float32 [K, D], from torch's global generator: uniform in [-1/K, 1/K], or standard normal."""
+    if start == "uniform":
+        return torch.empty(codebook_size, code_dim).uniform_(-1 / codebook_size, 1 / codebook_size)
+    return torch.randn(codebook_size, code_dim)
+
+
+def rows_of(z: Tensor) -> Tensor:
+    """[N, D, h, w] -> [N*h*w, D]."""
+    return z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])
+
+
+def sample_rows(rows: Tensor, number: int) -> Tensor:
+    """At most so many rows, at random places that are the same in every call, so that `forward` stays pure.
+
+    Not every n-th row: that would see only some columns of the grid.
+    """
+    if len(rows) <= number:
+        return rows.clone()
+    places = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:number]
+    return rows[places.to(rows.device)]

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokenizer.losses import reconstruction_loss
 from tokenizer.metrics import nmse, perplexity, psnr, used_codes
-from tokenizer.models import Tokenizer
+from tokenizer.models import Reconstruction, Tokenizer
 from vqmill.errors import CodesError
 from vqmill.step import StepOutput
 
@@ -19,9 +20,9 @@ UNIFORM_VARIANCE = 1 / 3  # of pixels uniform in [-1, 1]; stands in until the fi
 class TokenizerStep(nn.Module):
     """One step of training a tokenizer; see `vqmill.step` for the contract.
 
-    The loss is MSE / variance of the data + beta x the commitment losses (van den Oord et al. 2017, eq. 3, scaled as in sonnet, so
-    that beta means the same for every corpus). The variance is that of all pixels that training has seen so far, which lies in
-    a buffer and moves only in `update`.
+    The loss is the reconstruction loss (`tokenizer.losses`) + the quantizers' losses (van den Oord et al. 2017, eq. 3) + those of the
+    architecture's own. `mse` is divided by the variance of the data, as in sonnet, so that beta means the same for every corpus. The
+    variance is that of all pixels that training has seen so far, which lies in a buffer and moves only in `update`.
     """
 
     pixel_sums: Tensor
@@ -45,31 +46,55 @@ class TokenizerStep(nn.Module):
         """
         images = self.tokenizer.prepare(batch["images"])
         result = self.tokenizer(images)
-        error = nmse(F.mse_loss(result.images.float(), images), self.data_variance)
-        commitment = torch.stack([level.loss for level in result.levels.values()]).sum()
-        loss = error + self.tokenizer.config.commitment_cost * commitment
-        metrics = {"loss": loss.detach(), "nmse": error.detach(), "commitment": commitment.detach()}
+        loss, parts = self._loss(images, result, self.data_variance)
+        error = nmse(F.mse_loss(result.images.detach(), images), self.data_variance)
+        metrics = {"loss": loss.detach(), "nmse": error, **{name: part.detach() for name, part in parts.items()}}
         sums, pools = {"pixels": _pixel_sums(images)}, {}
         for name, level in result.levels.items():
-            metrics[f"{name}/batch_perplexity"] = perplexity(level.counts).float()
-            sums[f"{name}/counts"], sums[f"{name}/sums"] = level.counts, level.sums
-            pools[name] = level.pool
+            metrics[f"{name}/batch_perplexity"] = perplexity(level.counts).mean().float()
+            if self.tokenizer.quantizers[name].learned:
+                sums[f"{name}/counts"], sums[f"{name}/sums"] = level.counts, level.sums
+                pools[name] = level.pool
         return StepOutput(loss=loss, metrics=metrics, sums=sums, pools=pools)
 
+    def _loss(self, images: Tensor, result: Reconstruction, variance: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The whole loss, and its parts by name."""
+        parts = {
+            "reconstruction": reconstruction_loss(
+                self.tokenizer.config.loss, result.outputs, self.tokenizer.stack(images), variance
+            ),
+            "quantization": torch.stack([level.loss for level in result.levels.values()]).sum(),
+        }
+        if result.auxiliary is not None:
+            parts["auxiliary"] = result.auxiliary
+        return torch.stack(list(parts.values())).sum(), parts
+
     @torch.no_grad()
-    def update(self, sums: Mapping[str, Tensor], pools: Mapping[str, Tensor], generator: torch.Generator) -> None:
-        """Moves codebooks and data variance; after the optimizer's step, with what `forward` gave, reduced over all ranks."""
+    def update(
+        self, sums: Mapping[str, Tensor], pools: Mapping[str, Tensor], generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """Moves codebooks and data variance; after the optimizer's step, with what `forward` gave, reduced over all ranks.
+
+        Returns:
+            By name of a parameter, bool [K]: rows that were replaced, of which the optimizer must forget what it knows.
+        """
         self.pixel_sums += sums["pixels"].to(self.pixel_sums)
+        replaced = {}
         for name, quantizer in self.tokenizer.quantizers.items():
-            quantizer.update(sums[f"{name}/counts"], sums[f"{name}/sums"], pools[name], generator)
+            if quantizer.learned:
+                found = quantizer.update(sums[f"{name}/counts"], sums[f"{name}/sums"], pools[name], generator)
+                replaced |= {f"tokenizer.net.quantizers.{name}.{part}": mask for part, mask in found.items()}
+        learned = dict(self.named_parameters())
+        return {name: mask for name, mask in replaced.items() if name in learned}
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
         """Measures reconstructions and codebook use over a whole set; moves nothing.
 
         Returns:
-            `loss` (nmse + beta x commitment), `nmse` (over the variance of this set), `psnr` in dB, and for each level
-            `{level}/used_codes`, `{level}/perplexity` and `{level}/codebook_size`. Reconstructions are clamped to [-1, 1].
+            `loss` (the training loss), `nmse` (over the variance of this set), `psnr` in dB, and for each level
+            `{level}/used_codes`, `{level}/perplexity` and `{level}/codebook_size`, with residual quantization for each of its stages
+            `{level}/0`, `{level}/1`, .... Reconstructions are clamped to [-1, 1].
 
         Raises:
             CodesError: there is no batch.
@@ -85,11 +110,9 @@ class TokenizerStep(nn.Module):
     def _evaluate(self, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
         config, device = self.tokenizer.config, self.pixel_sums.device
         squared_error = torch.zeros((), dtype=torch.float64, device=device)
-        commitment = torch.zeros_like(squared_error)  # weighted by images
+        loss = torch.zeros_like(squared_error)  # weighted by images
         pixels = torch.zeros_like(self.pixel_sums)
-        counts = {
-            name: torch.zeros(config.codebook_size, dtype=torch.float64, device=device) for name in config.level_names
-        }
+        counts: dict[str, Tensor] = {}
         num_images = 0
         for batch in batches:
             images = self.tokenizer.prepare(batch["images"].to(device))
@@ -97,20 +120,22 @@ class TokenizerStep(nn.Module):
             squared_error += (result.images.float().clamp(-1, 1) - images).square().sum(dtype=torch.float64)
             pixels += _pixel_sums(images)
             num_images += len(images)
+            loss += self._loss(images, result, self.data_variance)[0] * len(images)
             for name, level in result.levels.items():
-                counts[name] += level.counts
-                commitment += level.loss * len(images)
+                counts[name] = counts.get(name, 0) + level.counts.double()
         if num_images == 0:
             raise CodesError(
                 "nothing to evaluate on: expected at least one batch of images. Hold out more of the corpus."
             )
         mse = squared_error / pixels[0]
         error = nmse(mse, _variance(pixels))
-        report = {"loss": error + config.commitment_cost * commitment / num_images, "nmse": error, "psnr": psnr(mse)}
-        for name in config.level_names:
-            report[f"{name}/used_codes"] = used_codes(counts[name])
-            report[f"{name}/perplexity"] = perplexity(counts[name])
-            report[f"{name}/codebook_size"] = torch.tensor(config.codebook_size)
+        report = {"loss": loss / num_images, "nmse": error, "psnr": psnr(mse)}
+        for name, found in counts.items():
+            stages = {name: found} if found.ndim == 1 else {f"{name}/{stage}": part for stage, part in enumerate(found)}
+            for stage, part in stages.items():
+                report[f"{stage}/used_codes"] = used_codes(part)
+                report[f"{stage}/perplexity"] = perplexity(part)
+                report[f"{stage}/codebook_size"] = torch.tensor(config.codebook_size)
         return {name: float(value) for name, value in report.items()}
 
 

@@ -1,0 +1,71 @@
+"""Finite scalar quantization: each dimension of a feature is rounded to one of a few values; there is no codebook to learn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from tokenizer.passing import pass_gradient
+from tokenizer.quantizers import Quantized
+
+
+class FSQuantizer(nn.Module):
+    """Mentzer et al. 2023, "Finite scalar quantization: VQ-VAE made simple", section 3.1.
+
+    A code is a number in mixed radix, the first dimension its lowest digit. Nothing is updated, so there is nothing to collapse.
+
+    Args:
+        levels: how many values each dimension can take; K is their product, D their number.
+    """
+
+    half_steps: Tensor
+    radix: Tensor
+    learned = False
+
+    def __init__(self, levels: Sequence[int]) -> None:
+        super().__init__()
+        self.codebook_size = math.prod(levels)
+        sizes = torch.tensor(list(levels))
+        self.register_buffer("sizes", sizes, persistent=False)
+        self.register_buffer(
+            "radix", torch.cat([torch.ones(1, dtype=torch.int64), sizes.cumprod(0)[:-1]]), persistent=False
+        )
+
+    @property
+    def half_way(self) -> Tensor:
+        """bool scalar: always, there is no start to wait for."""
+        return torch.ones((), dtype=torch.bool, device=self.radix.device)
+
+    def encode(self, z: Tensor) -> Tensor:
+        """The codes of a feature map: float [N, D, h, w] -> int64 [N, h, w]."""
+        with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
+            digits = self._bounded(z.float()).round().long() + (self.sizes // 2)[:, None, None]
+            return (digits * self.radix[:, None, None]).sum(dim=1)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """The entries of codes: int64 [N, h, w] in [0, K) -> float32 [N, D, h, w] in [-1, 1]."""
+        sizes, radix = self.sizes[:, None, None], self.radix[:, None, None]
+        half = sizes // 2
+        return ((codes[:, None] // radix) % sizes - half).float() / half
+
+    def forward(self, z: Tensor) -> Quantized:
+        """Quantizes features, float [N, D, h, w]; see `Quantized`. The loss is 0; there are counts, but no sums and no pool."""
+        with torch.autocast(z.device.type, enabled=False):
+            z = z.float()
+            codes = self.encode(z)
+            vectors = pass_gradient(
+                self._bounded(z) / (self.sizes // 2)[:, None, None], self.decode(codes), rotation=False
+            )
+            counts = torch.bincount(codes.flatten(), minlength=self.codebook_size).float()
+            nothing = z.new_zeros(0)
+            return Quantized(vectors, codes, z.new_zeros(()), counts, nothing, nothing)
+
+    def _bounded(self, z: Tensor) -> Tensor:
+        """Features squeezed so that rounding gives -(L // 2) ... (L - 1) // 2 (eq. 1 of appendix A.1)."""
+        sizes = self.sizes[:, None, None]
+        half = (sizes - 1) * (1 + 1e-3) / 2
+        offset = (sizes % 2 == 0) * 0.5
+        return torch.tanh(z + torch.atanh(offset / half)) * half - offset
