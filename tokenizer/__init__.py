@@ -13,7 +13,8 @@ from tokenizer.config import TokenizerConfig
 from tokenizer.fsq import FSQuantizer
 from tokenizer.models import Reconstruction, Tokenizer
 from tokenizer.presets import PRESETS, preset_config
-from tokenizer.quantizers import EMAQuantizer, GradientQuantizer, Quantized, Recipe
+from tokenizer.quantized import Quantized, Quantizer
+from tokenizer.quantizers import EMAQuantizer, GradientQuantizer, Recipe
 from tokenizer.residual import ResidualQuantizer
 from tokenizer.saving import FILE_NAME, dumps, load, loads, save
 from tokenizer.step import TokenizerStep
@@ -25,6 +26,7 @@ __all__ = [
     "FSQuantizer",
     "GradientQuantizer",
     "Quantized",
+    "Quantizer",
     "Recipe",
     "Reconstruction",
     "ResidualQuantizer",

@@ -6,13 +6,13 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenizer.passing import pass_gradient
-from tokenizer.quantizers import Quantized
+from tokenizer.quantized import Quantized, Quantizer
 
 
-class FSQuantizer(nn.Module):
+class FSQuantizer(Quantizer):
     """Mentzer et al. 2023, "Finite scalar quantization: VQ-VAE made simple", section 3.1.
 
     A code is a number in mixed radix, the first dimension its lowest digit. Nothing is updated, so there is nothing to collapse.
@@ -21,9 +21,8 @@ class FSQuantizer(nn.Module):
         levels: how many values each dimension can take; K is their product, D their number.
     """
 
-    half_steps: Tensor
+    sizes: Tensor
     radix: Tensor
-    learned = False
 
     def __init__(self, levels: Sequence[int]) -> None:
         super().__init__()
@@ -34,25 +33,20 @@ class FSQuantizer(nn.Module):
             "radix", torch.cat([torch.ones(1, dtype=torch.int64), sizes.cumprod(0)[:-1]]), persistent=False
         )
 
-    @property
-    def half_way(self) -> Tensor:
-        """bool scalar: always, there is no start to wait for."""
-        return torch.ones((), dtype=torch.bool, device=self.radix.device)
-
     def encode(self, z: Tensor) -> Tensor:
-        """The codes of a feature map: float [N, D, h, w] -> int64 [N, h, w]."""
+        """See `Quantizer`."""
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
             digits = self._bounded(z.float()).round().long() + (self.sizes // 2)[:, None, None]
             return (digits * self.radix[:, None, None]).sum(dim=1)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """The entries of codes: int64 [N, h, w] in [0, K) -> float32 [N, D, h, w] in [-1, 1]."""
+        """See `Quantizer`; in [-1, 1]."""
         sizes, radix = self.sizes[:, None, None], self.radix[:, None, None]
         half = sizes // 2
         return ((codes[:, None] // radix) % sizes - half).float() / half
 
     def forward(self, z: Tensor) -> Quantized:
-        """Quantizes features, float [N, D, h, w]; see `Quantized`. The loss is 0; there are counts, but no sums and no pool."""
+        """See `Quantizer`. The loss is 0; there are counts, but no sums and no pool."""
         with torch.autocast(z.device.type, enabled=False):
             z = z.float()
             codes = self.encode(z)

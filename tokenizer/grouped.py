@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizer.config import TokenizerConfig
-from tokenizer.net import Coded, Net, make_quantizers
+from tokenizer.net import Coded, Net
 
 
 class GroupBlock(nn.Module):
@@ -36,7 +36,7 @@ class GroupBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        """float [N, depth_in, h, w] -> [N, depth_out, h, w]."""
+        """Float [N, depth_in, h, w] -> [N, depth_out, h, w]."""
         found = x
         for conv in self.convs:
             found = conv(F.relu(found))
@@ -51,7 +51,7 @@ class GroupedNet(Net):
     """
 
     def __init__(self, config: TokenizerConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         width, blocks = config.hidden_dim, config.num_residual_blocks
         widths = [width * group for group in range(1, config.num_groups + 1)]
         gain = 1 / (config.num_groups * blocks) ** 2
@@ -64,7 +64,6 @@ class GroupedNet(Net):
             nn.ReLU(),
             nn.Conv2d(widths[-1], config.code_dim, 1),
         )
-        self.quantizers = make_quantizers(config)
         self.decoder = nn.Sequential(
             *_groups([config.code_dim, *reversed(widths)], (1, 3, 3, 3), gain, blocks, nn.Upsample(scale_factor=2)),
             nn.ReLU(),

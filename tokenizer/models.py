@@ -12,7 +12,7 @@ from tokenizer.config import TokenizerConfig
 from tokenizer.grouped import GroupedNet
 from tokenizer.losses import pixels
 from tokenizer.net import Net
-from tokenizer.quantizers import Quantized
+from tokenizer.quantized import Quantized, Quantizer
 from tokenizer.strided import StridedNet
 from tokenizer.unixpickle import UnixpickleNet
 from vqmill.checkpoint import fingerprint
@@ -62,7 +62,7 @@ class Tokenizer(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters())
 
     @property
-    def quantizers(self) -> nn.ModuleDict:
+    def quantizers(self) -> dict[str, Quantizer]:
         """Each level's quantizer, coarse to fine."""
         return self.net.quantizers
 
@@ -163,13 +163,9 @@ class Tokenizer(nn.Module):
         return checked
 
     def sort_by_usage(self) -> None:
-        """Renumbers every level's codes, 0 the most used. Once, when training ends, before the fingerprint is taken.
-
-        Nothing happens where codes have a meaning of their own (FSQ).
-        """
+        """Renumbers every level's codes, 0 the most used. Once, when training ends, before the fingerprint is taken."""
         for quantizer in self.quantizers.values():
-            if quantizer.learned:
-                quantizer.sort_by_usage()
+            quantizer.sort_by_usage()
 
 
 def _in_range(name: str, codes: Tensor, codebook_size: int, depth: tuple[int, ...]) -> Tensor:

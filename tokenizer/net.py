@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from tokenizer.config import TokenizerConfig
 from tokenizer.fsq import FSQuantizer
-from tokenizer.quantizers import CodebookQuantizer, EMAQuantizer, GradientQuantizer, Quantized, Recipe
+from tokenizer.quantized import Quantized, Quantizer
+from tokenizer.quantizers import CodebookQuantizer, EMAQuantizer, GradientQuantizer, Recipe
 from tokenizer.residual import ResidualQuantizer
 
 Quantize = Callable[[str, Tensor], Tensor]  # a level's name and its features -> its vectors
@@ -32,9 +33,20 @@ class Coded:
 
 
 class Net(nn.Module, ABC):
-    """A network with one quantizer a level; images are float [N, input_channels, H, W] in [-1, 1]."""
+    """A network with one quantizer a level; images are float [N, input_channels, H, W] in [-1, 1].
 
-    quantizers: nn.ModuleDict
+    Args:
+        config: sizes and recipe.
+    """
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        self.levels = nn.ModuleDict({name: _quantizer(config) for name in config.level_names})
+
+    @property
+    def quantizers(self) -> dict[str, Quantizer]:
+        """The quantizer of each level, coarse to fine."""
+        return dict(self.levels)  # pyright: ignore[reportReturnType] - a ModuleDict does not know what it holds
 
     @abstractmethod
     def forward(self, images: Tensor) -> Coded:
@@ -49,12 +61,7 @@ class Net(nn.Module, ABC):
         """Codes as `encode` gives them -> float [N, output_channels, H, W]."""
 
 
-def make_quantizers(config: TokenizerConfig) -> nn.ModuleDict:
-    """A new quantizer for each level."""
-    return nn.ModuleDict({name: _quantizer(config) for name in config.level_names})
-
-
-def _quantizer(config: TokenizerConfig) -> nn.Module:
+def _quantizer(config: TokenizerConfig) -> Quantizer:
     if config.quantizer == "fsq":
         return FSQuantizer(config.fsq_levels)
     stages = [_stage(config) for _ in range(config.num_quantizers)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -11,31 +11,10 @@ from torch import Tensor, nn
 
 from tokenizer.kmeans import cluster_statistics, refine_entries, seed_entries
 from tokenizer.passing import pass_gradient
+from tokenizer.quantized import Quantized, Quantizer, rows_of, sample_rows
 from tokenizer.search import nearest
 
 LLOYD_ITERATIONS = 5  # after k-means++ seeding; more changes the distortion by little
-
-
-@dataclass(frozen=True)
-class Quantized:
-    """What a quantizer makes of a feature map.
-
-    Attributes:
-        vectors: float32 [N, D, h, w], the codebook entries; gradients pass to the features.
-        codes: int64 [N, h, w] in [0, K); of a residual quantizer with Q stages [N, Q, h, w].
-        loss: scalar: beta x the mean squared distance of the features from their entries, which moves the features; of a gradient
-            codebook also that distance as the entries see it, which moves the entries (van den Oord et al. 2017, eq. 3).
-        counts: float32 [K], how often each code was used here; residual [Q, K].
-        sums: float32 [K, D], the sum of the features that went to each code; residual [Q, K, D]; empty where nothing is learned.
-        pool: float32 [P, D], some of the features, from which codes are made and revived; empty where nothing is learned.
-    """
-
-    vectors: Tensor
-    codes: Tensor
-    loss: Tensor
-    counts: Tensor
-    sums: Tensor
-    pool: Tensor
 
 
 @dataclass(frozen=True)
@@ -54,7 +33,7 @@ class Recipe:
     rotation: bool = False
 
 
-class CodebookQuantizer(nn.Module, ABC):
+class CodebookQuantizer(Quantizer):
     """A codebook of K entries of width D. `forward` is pure; `update`, called after the optimizer's step, moves what is to move.
 
     With the k-means start its life has two parts:
@@ -79,7 +58,7 @@ class CodebookQuantizer(nn.Module, ABC):
 
     def __init__(self, codebook_size: int, code_dim: int, recipe: Recipe) -> None:
         super().__init__()
-        self.recipe = recipe
+        self.codebook_size, self.recipe = codebook_size, recipe
         self.first_update = recipe.start_step if recipe.codebook_start == "kmeans" else 0
         self.register_buffer("ema_counts", torch.zeros(codebook_size))
         self.register_buffer("idle_updates", torch.zeros(codebook_size, dtype=torch.int64))
@@ -98,35 +77,26 @@ class CodebookQuantizer(nn.Module, ABC):
         """The loss by which entries learn."""
 
     @property
-    def codebook_size(self) -> int:
-        """K."""
-        return self.codebook.shape[0]
-
-    @property
     def entries(self) -> Tensor:
         """float32 [K, D]: what codes stand for; of length 1 when the recipe says so."""
         return F.normalize(self.codebook, dim=1) if self.recipe.normalize else self.codebook
 
     @property
     def half_way(self) -> Tensor:
-        """bool scalar: half the updates before the codebook's start are over."""
+        """See `Quantizer`."""
         return self.num_updates >= self.first_update // 2
 
     def encode(self, z: Tensor) -> Tensor:
-        """The codes of a feature map, always quantizing: float [N, D, h, w] -> int64 [N, h, w]."""
+        """See `Quantizer`."""
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
             return nearest(rows_of(self._prepared(z)), self.entries).view(z.shape[0], *z.shape[2:])
 
     def decode(self, codes: Tensor) -> Tensor:
-        """The entries of codes: int64 [N, h, w] in [0, K) -> float32 [N, D, h, w]."""
+        """See `Quantizer`."""
         return F.embedding(codes, self.entries).permute(0, 3, 1, 2).contiguous()
 
     def forward(self, z: Tensor) -> Quantized:
-        """Quantizes features; pure. See `Quantized`.
-
-        Args:
-            z: float [N, D, h, w].
-        """
+        """See `Quantizer`."""
         with torch.autocast(z.device.type, enabled=False):
             z = self._prepared(z)
             codes = self.encode(z)
@@ -148,17 +118,7 @@ class CodebookQuantizer(nn.Module, ABC):
 
     @torch.no_grad()
     def update(self, counts: Tensor, sums: Tensor, pool: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Moves the codebook by one step's statistics. Equal arguments give equal bits on every rank.
-
-        Args:
-            counts: float32 [K], `Quantized.counts` added over micro-batches and ranks.
-            sums: float32 [K, D], likewise.
-            pool: float32 [P, D], `Quantized.pool` concatenated over them, P >= 1.
-            generator: a CPU generator in the same state on all ranks.
-
-        Returns:
-            By name of the codebook, bool [K]: entries that were replaced, so that nothing which an optimizer knows of the old ones holds.
-        """
+        """Moves the codebook; see `Quantizer.update`."""
         self.num_updates += 1
         num_updates = int(self.num_updates)
         replaced = torch.zeros_like(self.ema_counts, dtype=torch.bool)
@@ -264,19 +224,3 @@ def first_entries(codebook_size: int, code_dim: int, start: str) -> Tensor:
     if start == "uniform":
         return torch.empty(codebook_size, code_dim).uniform_(-1 / codebook_size, 1 / codebook_size)
     return torch.randn(codebook_size, code_dim)
-
-
-def rows_of(z: Tensor) -> Tensor:
-    """[N, D, h, w] -> [N*h*w, D]."""
-    return z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])
-
-
-def sample_rows(rows: Tensor, number: int) -> Tensor:
-    """At most so many rows, at random places that are the same in every call, so that `forward` stays pure.
-
-    Not every n-th row: that would see only some columns of the grid.
-    """
-    if len(rows) <= number:
-        return rows.clone()
-    places = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:number]
-    return rows[places.to(rows.device)]

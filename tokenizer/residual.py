@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from tokenizer.passing import pass_gradient
-from tokenizer.quantizers import CodebookQuantizer, Quantized, rows_of, sample_rows
+from tokenizer.quantized import Quantized, Quantizer, rows_of, sample_rows
+from tokenizer.quantizers import CodebookQuantizer
 
 
-class ResidualQuantizer(nn.Module):
+class ResidualQuantizer(Quantizer):
     """Q codebooks one behind the other (Zeghidour et al. 2021, "SoundStream", section III-C; Lee et al. 2022, "RQ-VAE").
 
     A feature's vector is the sum of its Q entries; gradients pass from the sum to the feature. Codes are [N, Q, h, w]. Statistics are those
@@ -26,22 +27,18 @@ class ResidualQuantizer(nn.Module):
     def __init__(self, stages: Iterable[CodebookQuantizer]) -> None:
         super().__init__()
         self.stages = nn.ModuleList(stages)
+        self.codebook_size = self._all()[0].codebook_size
 
     def _all(self) -> list[CodebookQuantizer]:
         return list(self.stages)  # pyright: ignore[reportReturnType] - a ModuleList does not know what it holds
 
     @property
-    def codebook_size(self) -> int:
-        """K of every stage."""
-        return self._all()[0].codebook_size
-
-    @property
     def half_way(self) -> Tensor:
-        """bool scalar: half the updates before the codebooks' start are over."""
+        """See `Quantizer`."""
         return self._all()[0].half_way
 
     def encode(self, z: Tensor) -> Tensor:
-        """The codes of a feature map, always quantizing: float [N, D, h, w] -> int64 [N, Q, h, w]."""
+        """See `Quantizer`; codes [N, Q, h, w]."""
         codes, left = [], z.float()
         for stage in self._all():
             codes.append(stage.encode(left))
@@ -49,13 +46,13 @@ class ResidualQuantizer(nn.Module):
         return torch.stack(codes, dim=1)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """The summed entries of codes: int64 [N, Q, h, w] in [0, K) -> float32 [N, D, h, w]."""
+        """See `Quantizer`; codes [N, Q, h, w]."""
         return torch.stack([stage.decode(part) for stage, part in zip(self._all(), codes.unbind(1), strict=True)]).sum(
             0
         )
 
     def forward(self, z: Tensor) -> Quantized:
-        """Quantizes features, float [N, D, h, w]; pure. See `Quantized`."""
+        """See `Quantizer`."""
         with torch.autocast(z.device.type, enabled=False):
             z = z.float()
             left, outputs = z, []
@@ -78,7 +75,7 @@ class ResidualQuantizer(nn.Module):
 
     @torch.no_grad()
     def update(self, counts: Tensor, sums: Tensor, pool: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Moves all codebooks, the first stage first; see `CodebookQuantizer.update`. Counts are [Q, K], sums [Q, K, D]."""
+        """Moves all codebooks, the first stage first; see `Quantizer.update`. Counts are [Q, K], sums [Q, K, D]."""
         replaced = {}
         for number, stage in enumerate(self._all()):
             found = stage.update(counts[number], sums[number], pool, generator)
@@ -88,6 +85,6 @@ class ResidualQuantizer(nn.Module):
         return replaced
 
     def sort_by_usage(self) -> None:
-        """Renumbers the codes of every stage by their use; see `CodebookQuantizer.sort_by_usage`."""
+        """Renumbers the codes of every stage by their use."""
         for stage in self._all():
             stage.sort_by_usage()

@@ -83,7 +83,7 @@ class TokenizerStep(nn.Module):
         for name, quantizer in self.tokenizer.quantizers.items():
             if quantizer.learned:
                 found = quantizer.update(sums[f"{name}/counts"], sums[f"{name}/sums"], pools[name], generator)
-                replaced |= {f"tokenizer.net.quantizers.{name}.{part}": mask for part, mask in found.items()}
+                replaced |= {f"tokenizer.net.levels.{name}.{part}": mask for part, mask in found.items()}
         learned = dict(self.named_parameters())
         return {name: mask for name, mask in replaced.items() if name in learned}
 

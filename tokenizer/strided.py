@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tokenizer.blocks import residual_stack
 from tokenizer.config import TokenizerConfig
-from tokenizer.net import Coded, Net, Quantize, make_quantizers
+from tokenizer.net import Coded, Net, Quantize
 
 
 class StridedNet(Net):
@@ -24,7 +24,7 @@ class StridedNet(Net):
     """
 
     def __init__(self, config: TokenizerConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         hidden_dim, code_dim, number = config.hidden_dim, config.code_dim, config.num_levels
         stack = (hidden_dim, config.residual_dim, config.num_residual_blocks, config.residual_bias)
         self.names = config.level_names
@@ -34,7 +34,6 @@ class StridedNet(Net):
         self.to_code = nn.ModuleList(  # from here on coarse to fine
             [nn.Conv2d(hidden_dim + (code_dim if level else 0), code_dim, 1) for level in range(number)]
         )
-        self.quantizers = make_quantizers(config)
         self.conditions = nn.ModuleList(
             [_half_decoder(level * code_dim, code_dim, *stack) for level in range(1, number)]
         )
@@ -56,7 +55,7 @@ class StridedNet(Net):
 
         vectors = self._quantize(images, quantized)
         if self.training and len(vectors) > 1:
-            heard = self.quantizers[self.names[0]].half_way
+            heard = self.quantizers[self.names[0]].half_way.to(images.device)
             vectors[1:] = [torch.where(heard, finer, torch.zeros_like(finer)) for finer in vectors[1:]]
         return Coded(self._pixels(vectors), levels)
 

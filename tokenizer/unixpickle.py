@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tokenizer.blocks import ResidualBlock
 from tokenizer.config import TokenizerConfig
-from tokenizer.net import Coded, Net, make_quantizers
+from tokenizer.net import Coded, Net
 
 
 class QuarterEncoder(nn.Module):
@@ -77,7 +77,7 @@ class Mixer(nn.Module):
         self.mix = nn.Conv2d(2 * width, width, 3, padding=1)
 
     def forward(self, known: Tensor, finer: Tensor) -> Tensor:
-        """float [N, width, h, w] and [N, width, 2h, 2w] -> [N, width, 2h, 2w]."""
+        """Float [N, width, h, w] and [N, width, 2h, 2w] -> [N, width, 2h, 2w]."""
         return self.mix(torch.cat([F.relu(self.up(known)), finer], dim=1))
 
 
@@ -106,7 +106,7 @@ class UnixpickleNet(Net):
     """
 
     def __init__(self, config: TokenizerConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         width, blocks, number = config.hidden_dim, config.num_residual_blocks, config.num_levels
         self.names = config.level_names
         self.encoders = nn.ModuleList(  # fine to coarse
@@ -115,7 +115,6 @@ class UnixpickleNet(Net):
                 *[HalfEncoder(width, blocks) for _ in range(number - 1)],
             ]
         )
-        self.quantizers = make_quantizers(config)
         features = [StackDecoder(level, width, blocks, HalfDecoder(width, blocks)) for level in range(1, number)]
         pixels = StackDecoder(number, width, blocks, QuarterDecoder(width, config.output_channels, blocks))
         self.decoders = nn.ModuleList([*features, pixels])  # coarse to fine
