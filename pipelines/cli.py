@@ -52,7 +52,8 @@ def train_tokenizer(
     Args:
         corpus: a folder of images, quoted tar shards, or torchvision:NAME?root=DIR.
         out: the folder to make.
-        preset: grey28 (one level, 7x7 codes), rgb32 or rgb256 (two levels: top and bottom).
+        preset: ours: grey28 (one level, 7x7 codes), rgb32 or rgb256 (two levels: top and bottom), fsq32 (no codebook to learn), dalle64;
+            published ones: nngen_mnist, zalando_cifar, sonnet_cifar, unixpickle_256. docs/tokenizers.md describes each.
         config: a TOML file with tables [tokenizer] and [fit] over the preset.
         size: side of the training images in pixels, if not the preset's.
         holdout: share of the samples kept out of training and used to evaluate, chosen by their keys.

@@ -89,11 +89,22 @@ def side_by_side(panels: Sequence[Panel], columns: int, scale: int = 1) -> Image
 
 
 def code_panels(codes: Mapping[str, np.ndarray[Any, Any]], side: int) -> list[Panel]:
-    """A panel of coloured codes for each level: integers [N, h, w] by name, drawn `side` pixels large."""
-    return [
-        Panel("codes" if level == "codes" else f"codes: {level}", code_colours(values, side))
-        for level, values in codes.items()
-    ]
+    """A panel of coloured codes for each level, drawn `side` pixels large.
+
+    Args:
+        codes: by level, integers [N, h, w], or [N, Q, h, w] with a panel for each of the Q stages of residual codes.
+        side: height and width of the picture of one grid, pixels.
+    """
+    panels = []
+    for level, values in codes.items():
+        title = "codes" if level == "codes" else f"codes: {level}"
+        if values.ndim == 3:
+            panels.append(Panel(title, code_colours(values, side)))
+            continue
+        panels += [
+            Panel(f"{title} {stage + 1}", code_colours(values[:, stage], side)) for stage in range(values.shape[1])
+        ]
+    return panels
 
 
 def check_columns(columns: int | None) -> None:

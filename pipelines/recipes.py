@@ -12,12 +12,21 @@ from pipelines.fit import FitConfig
 from vqmill.errors import UsageError
 from vqmill.settings import did_you_mean
 
-# For a laptop and some tens of thousands of images. grey28 and rgb32 as in docs/experiments/ (ours, each tried once);
-# rgb256 after Razavi et al. 2019 with a higher rate for its shorter schedule, tried at 128 pixels only. Priors: ours; large never run.
+# Ours are for a laptop and some tens of thousands of images: grey28 and rgb32 as in docs/experiments/, the others after them; rgb256 after
+# Razavi et al. 2019 with a higher rate for its shorter schedule, tried at 128 pixels only. Those of published tokenizers have the
+# rates of their sources, and their steps and batches where they say; the sources have neither warm-up nor decay. Priors: ours; large never run.
 TOKENIZER_RECIPES = {
     "grey28": FitConfig(steps=2000, batch_size=64, learning_rate=2e-3),
     "rgb32": FitConfig(steps=3000, batch_size=64, learning_rate=2e-3),
     "rgb256": FitConfig(steps=20000, batch_size=32, learning_rate=1e-3, warmup_steps=500),
+    "fsq32": FitConfig(steps=3000, batch_size=64, learning_rate=2e-3),
+    "dalle64": FitConfig(steps=5000, batch_size=32, learning_rate=1e-3),
+    "nngen_mnist": FitConfig(steps=28125, batch_size=64, learning_rate=1e-3),  # 30 epochs of 60,000
+    "zalando_cifar": FitConfig(steps=15000, batch_size=256, learning_rate=1e-3),
+    "sonnet_cifar": FitConfig(steps=10000, batch_size=32, learning_rate=3e-4),
+    "unixpickle_256": FitConfig(steps=100000, batch_size=32, learning_rate=1e-3),
+    "video_stacked_13m": FitConfig(steps=100000, batch_size=8, learning_rate=3e-4),
+    "video_stacked_small": FitConfig(steps=3000, batch_size=16, learning_rate=1e-3),
 }
 PRIOR_RECIPES = {
     "pixelcnn-tiny": FitConfig(steps=400, batch_size=32, learning_rate=6e-3, warmup_steps=20, weight_ema=0.98),

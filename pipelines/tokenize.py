@@ -81,9 +81,10 @@ class TokenizeResult:
 
 def store_spec(plan: Plan, model: tokenizer.Tokenizer, options: TokenizeOptions) -> StoreSpec:
     """The specification of the store that a job would make."""
+    grids = {name: model.config.grid(name, options.size) for name in model.config.level_names}
     levels = tuple(
-        LevelSpec(name, model.config.codebook_size, model.config.grid(name, options.size))
-        for name in model.config.level_names
+        LevelSpec(name, model.config.codebook_size, grid, outer="depth" if len(grid) == 3 else "time")
+        for name, grid in grids.items()
     )
     wanted = options.rows_per_shard
     rows_per_shard = usable_rows_per_shard(levels, wanted) if wanted else default_rows_per_shard(levels)

@@ -133,12 +133,18 @@ def _plan_job(
         raise UsageError(f"--holdout must lie between 0 and 1, got {holdout}.")
     fit = fit_config(TOKENIZER_RECIPES[preset], tables["fit"], flags.fit())
     fit.rank_batch(flags.workers)
-    if "start_step" not in overrides:  # a short run must not end before its codebooks have begun
+    if model_config.frames > 1:
+        raise UsageError(
+            f"--preset {preset} codes clips of {model_config.frames} frames, and training reads images only so far."
+        )
+    if (
+        model_config.first_update and "start_step" not in overrides
+    ):  # a short run must not end before its codebooks have begun
         model_config = _checked_config(
             preset, overrides | {"start_step": max(1, min(model_config.start_step, fit.steps // 8))}
         )
     device = choose_device(flags.device)
-    if model_config.start_step >= fit.steps:
+    if model_config.first_update >= fit.steps:
         raise UsageError(
             f"[tokenizer] start_step {model_config.start_step}: with --steps {fit.steps} the codebooks would never begin. Take fewer, a quarter at most."
         )
@@ -208,7 +214,7 @@ def _report(out: Path, *, already: bool) -> Result:
         f"tokenizer {record['fingerprint']}: {record['parameters']:,} parameters; held out: normalised MSE {evaluation['nmse']:.4f}, "
         f"PSNR {evaluation['psnr']:.2f} dB"
     )
-    for name in tokenizer.TokenizerConfig.from_dict(record["settings"]["tokenizer"]).level_names:
+    for name in (key.removesuffix("/used_codes") for key in evaluation if key.endswith("/used_codes")):
         used, size = int(evaluation[f"{name}/used_codes"]), int(evaluation[f"{name}/codebook_size"])
         lines.append(
             f"level {name}: {used} of {size} codes used ({used / size:.1%}), dataset perplexity {evaluation[f'{name}/perplexity']:.1f} "

@@ -54,11 +54,19 @@ def dtype_for(codebook_size: int) -> np.dtype[Any]:
 
 @dataclass(frozen=True)
 class LevelSpec:
-    """One level of codes: `grid` is (h, w) for images, (t, h, w) for video; a row of the store is one grid."""
+    """One level of codes; a row of the store is one grid.
+
+    Attributes:
+        name: of the level and its array.
+        codebook_size: K; codes lie in [0, K).
+        grid: (h, w) for images, (t, h, w) for video, (Q, h, w) for the Q stages of residual codes.
+        outer: what the first of three sizes counts, `time` or `depth`; `time` for other grids.
+    """
 
     name: str
     codebook_size: int
     grid: tuple[int, ...]
+    outer: str = "time"
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -73,7 +81,7 @@ class LevelSpec:
     @property
     def axes(self) -> tuple[str, ...]:
         """Names of the array's dimensions, rows first."""
-        return ("row", *("time", "y", "x")[-len(self.grid) :])
+        return ("row", *(self.outer, "y", "x")[-len(self.grid) :])
 
     @property
     def row_bytes(self) -> int:
@@ -166,6 +174,10 @@ class StoreSpec:
             if not level.name.isidentifier() or level.name.startswith("__") or level.name in RESERVED_NAMES:
                 raise CodesError(
                     f"level name {level.name!r} is not usable: expected letters, digits and _, and none of the store's own names."
+                )
+            if level.outer not in ("time", "depth"):
+                raise CodesError(
+                    f"level {level.name!r}: expected the outer axis to be time or depth, got {level.outer!r}."
                 )
             if not 1 <= len(level.grid) <= 3 or min(level.grid) < 1:
                 raise CodesError(
@@ -273,12 +285,7 @@ class StoreSpec:
                 f"{source}: format_version is {version!r}; this vqmill reads version {FORMAT_VERSION}. Install a newer vqmill."
             )
         try:
-            levels = tuple(
-                LevelSpec(
-                    str(level["name"]), _whole(level["codebook_size"]), tuple(_whole(size) for size in level["grid"])
-                )
-                for level in attributes["levels"]
-            )
+            levels = tuple(_level(level) for level in attributes["levels"])
             segments = tuple(
                 Segment(
                     str(segment["plan"]),
@@ -309,6 +316,17 @@ class StoreSpec:
             raise CodesError(
                 f"{source}: damaged store metadata ({type(error).__name__}: {error}). Restore zarr.json from a copy."
             ) from error
+
+
+def _level(level: Mapping[str, Any]) -> LevelSpec:
+    grid, axes = tuple(_whole(size) for size in level["grid"]), list(level["axes"])
+    outer = str(axes[1]) if len(grid) == len(axes) - 1 == 3 else "time"
+    found = LevelSpec(str(level["name"]), _whole(level["codebook_size"]), grid, outer)
+    if axes != list(found.axes):
+        raise ValueError(
+            f"level {found.name!r}: axes {axes} do not fit a grid of {len(grid)}, expected {list(found.axes)}"
+        )
+    return found
 
 
 def _whole(value: object) -> int:
