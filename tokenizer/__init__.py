@@ -10,6 +10,7 @@
 from typing import Any
 
 from tokenizer.config import PRESETS, TokenizerConfig, preset_config
+from tokenizer.evaluation import Evaluation, evaluate
 from tokenizer.models import Reconstruction, Tokenizer
 from tokenizer.quantizers import EMAQuantizer, Quantized
 from tokenizer.saving import FILE_NAME, dumps, load, loads, save
@@ -19,12 +20,14 @@ __all__ = [
     "FILE_NAME",
     "PRESETS",
     "EMAQuantizer",
+    "Evaluation",
     "Quantized",
     "Reconstruction",
     "Tokenizer",
     "TokenizerConfig",
     "TokenizerStep",
     "dumps",
+    "evaluate",
     "from_preset",
     "load",
     "loads",

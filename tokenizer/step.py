@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenizer.metrics import nmse, perplexity, psnr, used_codes
+from tokenizer.evaluation import Evaluation
+from tokenizer.metrics import nmse, perplexity
 from tokenizer.models import Tokenizer
-from vqmill.errors import CodesError
 from vqmill.step import StepOutput
 
 UNIFORM_VARIANCE = 1 / 3  # of pixels uniform in [-1, 1]; stands in until the first update
@@ -65,11 +65,13 @@ class TokenizerStep(nn.Module):
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
-        """Measures reconstructions and codebook use over a whole set; moves nothing.
+        """Measures reconstructions, from their codes, and codebook use over a whole set; moves nothing.
+
+        Args:
+            batches: `images`, as for `forward`; other entries are not looked at.
 
         Returns:
-            `loss` (nmse + beta x commitment), `nmse` (over the variance of this set), `psnr` in dB, and for each level
-            `{level}/used_codes`, `{level}/perplexity` and `{level}/codebook_size`. Reconstructions are clamped to [-1, 1].
+            `loss` (nmse + beta x commitment), and the figures of `tokenizer.evaluation.Evaluation.report`.
 
         Raises:
             CodesError: there is no batch.
@@ -83,35 +85,18 @@ class TokenizerStep(nn.Module):
                 module.training = mode
 
     def _evaluate(self, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
-        config, device = self.tokenizer.config, self.pixel_sums.device
-        squared_error = torch.zeros((), dtype=torch.float64, device=device)
-        commitment = torch.zeros_like(squared_error)  # weighted by images
-        pixels = torch.zeros_like(self.pixel_sums)
-        counts = {
-            name: torch.zeros(config.codebook_size, dtype=torch.float64, device=device) for name in config.level_names
-        }
+        evaluation = Evaluation(self.tokenizer)
+        commitment = torch.zeros_like(self.pixel_sums[0])  # weighted by images
         num_images = 0
         for batch in batches:
-            images = self.tokenizer.prepare(batch["images"].to(device))
-            result = self.tokenizer(images)
-            squared_error += (result.images.float().clamp(-1, 1) - images).square().sum(dtype=torch.float64)
-            pixels += _pixel_sums(images)
-            num_images += len(images)
-            for name, level in result.levels.items():
-                counts[name] += level.counts
+            images = self.tokenizer.prepare(batch["images"].to(self.pixel_sums.device))
+            evaluation.add(images)
+            for level in self.tokenizer(images).levels.values():
                 commitment += level.loss * len(images)
-        if num_images == 0:
-            raise CodesError(
-                "nothing to evaluate on: expected at least one batch of images. Hold out more of the corpus."
-            )
-        mse = squared_error / pixels[0]
-        error = nmse(mse, _variance(pixels))
-        report = {"loss": error + config.commitment_cost * commitment / num_images, "nmse": error, "psnr": psnr(mse)}
-        for name in config.level_names:
-            report[f"{name}/used_codes"] = used_codes(counts[name])
-            report[f"{name}/perplexity"] = perplexity(counts[name])
-            report[f"{name}/codebook_size"] = torch.tensor(config.codebook_size)
-        return {name: float(value) for name, value in report.items()}
+            num_images += len(images)
+        report = evaluation.report()
+        loss = report["nmse"] + self.tokenizer.config.commitment_cost * float(commitment) / num_images
+        return {"loss": loss, **report}
 
 
 def _pixel_sums(images: Tensor) -> Tensor:
