@@ -59,10 +59,9 @@ def ssim(images: Tensor, others: Tensor, peak: float = 1.0) -> Tensor:
             f"SSIM: its window is {SSIM_WINDOW}x{SSIM_WINDOW} pixels, the images are {height}x{width}. Take larger images, or another measure."
         )
     x, y = images.double(), others.double()
-    mean_x, mean_y = _windows(x), _windows(y)
-    variance_x = _windows(x.square()) - mean_x.square()
-    variance_y = _windows(y.square()) - mean_y.square()
-    covariance = _windows(x * y) - mean_x * mean_y
+    mean_x, mean_y, square_x, square_y, product = _windows(torch.stack([x, y, x.square(), y.square(), x * y]))
+    variance_x, variance_y = square_x - mean_x.square(), square_y - mean_y.square()
+    covariance = product - mean_x * mean_y
     c1, c2 = (SSIM_K1 * peak) ** 2, (SSIM_K2 * peak) ** 2
     similarity = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
     similarity /= (mean_x.square() + mean_y.square() + c1) * (variance_x + variance_y + c2)
@@ -78,8 +77,10 @@ def _windows(images: Tensor) -> Tensor:
     weights = [math.exp(-((place - radius) ** 2) / (2 * SSIM_SIGMA**2)) for place in range(SSIM_WINDOW)]
     for axis in (-2, -1):
         length = images.shape[axis] - SSIM_WINDOW + 1
-        shifted = (weight * images.narrow(axis, place, length) for place, weight in enumerate(weights))
-        images = sum(shifted, start=torch.zeros((), dtype=images.dtype, device=images.device)) / sum(weights)
+        total = torch.zeros_like(images.narrow(axis, 0, length))
+        for place, weight in enumerate(weights):
+            total.add_(images.narrow(axis, place, length), alpha=weight / sum(weights))
+        images = total
     return images
 
 

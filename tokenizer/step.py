@@ -90,9 +90,9 @@ class TokenizerStep(nn.Module):
         num_images = 0
         for batch in batches:
             images = self.tokenizer.prepare(batch["images"].to(self.pixel_sums.device))
-            evaluation.add(images)
-            for level in self.tokenizer(images).levels.values():
-                commitment += level.loss * len(images)
+            levels = self.tokenizer(images).levels
+            evaluation.add(images, {name: level.codes for name, level in levels.items()})  # as `encode` gives them
+            commitment += torch.stack([level.loss for level in levels.values()]).sum() * len(images)
             num_images += len(images)
         report = evaluation.report()
         loss = report["nmse"] + self.tokenizer.config.commitment_cost * float(commitment) / num_images
