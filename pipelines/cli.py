@@ -67,7 +67,7 @@ def evaluate(
     tokenizer: Path, corpus: str, /, *, out: Path | None = None, size: int | None = None, holdout: float | None = None,
     everything: Annotated[bool, Parameter(name="--all", negative="")] = False, limit: int | None = None, batch_size: int = 32,
     by_label: Annotated[bool, Parameter(negative="")] = False, precision: Precision = "fp32", device: Device = "auto",
-    common: Common = Common(),
+    lpips: Path | None = None, lpips_backbone: Path | None = None, rfid: Path | None = None, common: Common = Common(),
 ) -> int:  # fmt: skip
     """Measure what a tokenizer keeps of images: PSNR, SSIM, normalised error, and how it uses its codes.
 
@@ -88,13 +88,16 @@ def evaluate(
         by_label: also give PSNR, SSIM and error for each class.
         precision: bf16 encodes as tokenize --precision bf16 does; images are decoded in fp32 either way.
         device: auto takes the GPU if there is one.
+        lpips: also measure LPIPS, with weights/v0.1/alex.pth or vgg.pth of the package lpips. Nothing is downloaded.
+        lpips_backbone: torchvision's weights of that AlexNet or VGG16; those in torch's cache if not given.
+        rfid: also measure rFID, with pt_inception-2015-12-05-6726825d.pth of pytorch-fid. Takes 2,048 images or more.
     """
     from pipelines.evaluate import EvaluateOptions
     from pipelines.evaluate import evaluate as job
 
     return _run(common, lambda: job(tokenizer, corpus, out, EvaluateOptions(
         size=size, holdout=holdout, everything=everything, limit=limit, batch_size=batch_size, device=device, precision=precision,
-        by_label=by_label,
+        by_label=by_label, lpips=lpips, lpips_backbone=lpips_backbone, rfid=rfid,
     )))  # fmt: skip
 
 

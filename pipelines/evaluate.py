@@ -19,6 +19,7 @@ from pipelines.corpus.plan import Plan
 from pipelines.corpus.problems import CorpusError, Problem
 from pipelines.corpus.walk import NamedImage, walk_images
 from pipelines.gallery import Exhibit, Gallery
+from pipelines.learned import LearnedMeasures
 from pipelines.options import Device, Precision, choose_device
 from pipelines.outputs import RUN_FILE, SETTINGS_FILE, OutputFolder, refuse_inside, run_record
 from pipelines.pictures import save_picture
@@ -26,6 +27,7 @@ from pipelines.planning import planned
 from pipelines.progress import meter
 from pipelines.results import QUARANTINED, Result
 from tokenizer.evaluation import Evaluation, Measured
+from tokenizer.frechet import DIMENSIONS
 from vqmill.commits import Counts
 from vqmill.errors import CodesError, UsageError
 from vqmill.files import canonical_json, write_whole
@@ -43,6 +45,8 @@ FIGURES = {  # by name: how it is printed, and what it means
     "psnr_per_image": ("{:.2f} dB", "the mean of each image's own PSNR; images that are nearly perfect weigh much"),
     "ssim": ("{:.4f}", "structural similarity, mean over images: 1 is equal (11x11 Gaussian window, each channel by itself)"),
     "l1": ("{:.4f}", "mean absolute error of pixels in [-1, 1]; times 127.5 in grey levels of 255"),
+    "lpips": ("{:.4f}", "distance in the eyes of a network, mean over images: 0 is equal (LPIPS 0.1)"),
+    "rfid": ("{:.2f}", "Fréchet inception distance of the reconstructions from the originals: 0 is equally distributed"),
 }  # fmt: skip
 
 
@@ -71,6 +75,9 @@ class EvaluateOptions:
     device: Device = "auto"
     precision: Precision = "fp32"
     by_label: bool = False
+    lpips: Path | None = None
+    lpips_backbone: Path | None = None
+    rfid: Path | None = None
 
     def __post_init__(self) -> None:
         for flag, value in (("--limit", self.limit), ("--batch-size", self.batch_size)):
@@ -91,6 +98,7 @@ class _Job:
     preprocessing: Preprocessing
     selection: Selection
     options: EvaluateOptions
+    learned: LearnedMeasures
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -99,7 +107,7 @@ class _Job:
         return {
             "command": "evaluate", "tokenizer": self.model.fingerprint, "plan": self.plan.digest,
             "preprocessing": self.preprocessing.to_dict(), "holdout": self.selection.fraction, "limit": options.limit,
-            "precision": options.precision, "by_label": options.by_label,
+            "precision": options.precision, "by_label": options.by_label, **self.learned.settings,
         }  # fmt: skip
 
 
@@ -121,12 +129,13 @@ def evaluate(folder: Path, corpus: str, out: Path | None, options: EvaluateOptio
     except CodesError as error:
         raise UsageError(str(error)) from error
     device = choose_device(options.device)
+    learned = LearnedMeasures(options.lpips, options.lpips_backbone, options.rfid, device)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # as when a corpus is tokenized
     if out:
         refuse_inside(out, corpus)
     plan = planned(corpus)
     preprocessing = Preprocessing(size=size, channels=model.config.channels)
-    job = _Job(model.to(device).eval(), plan, preprocessing, select(folder, plan, options), options)
+    job = _Job(model.to(device).eval(), plan, preprocessing, select(folder, plan, options), options, learned)
     if out is None:
         outcome = _measure(job)
         result = _result(folder, outcome.record)
@@ -210,22 +219,24 @@ def _measure(job: _Job) -> _Outcome:
     with meter("evaluating", "images") as show:
         while batch := list(islice(images, job.options.batch_size)):
             measured = _add(job, evaluation, batch)
+            job.learned.add(measured)
             gallery.add([image.name for image in batch], measured)
             if job.options.by_label:
                 classes.add([image.label for image in batch], measured)
             done += len(batch)
             show(done, max(done, expected), f"{len(problems):,} bad" if problems else "")
-    if not done:
-        raise CorpusError(
-            f"{job.plan.corpus}: none of the images to look at can be decoded. Look at its problems with: vqmill inspect '{job.plan.corpus}'"
-        )
-    figures = evaluation.report()
+        if not done:
+            raise CorpusError(
+                f"{job.plan.corpus}: none of the images to look at can be decoded. Look at its problems with: vqmill inspect '{job.plan.corpus}'"
+            )
+        figures = evaluation.report() | job.learned.report()  # the distance of rFID takes a while, too
+    counts = Counts(encoded=done, quarantined=len(problems), skipped=sum(job.plan.skipped.values()))
     record = {
         "corpus": job.plan.corpus, "tokenizer": job.model.fingerprint, "selection": job.selection.words,
         "holdout": fraction, "images": done, "size": job.preprocessing.size, "precision": job.options.precision,
-        "figures": figures, "levels": [name.removesuffix("/perplexity") for name in figures if name.endswith("/perplexity")], "classes": classes.report(job.plan.class_names),
-        "worst": _listed(gallery.worst), "best": _listed(gallery.best),
-        "counts": asdict(Counts(encoded=done, quarantined=len(problems), skipped=sum(job.plan.skipped.values()))),
+        "figures": figures, "levels": [name.removesuffix("/perplexity") for name in figures if name.endswith("/perplexity")],
+        "classes": classes.report(job.plan.class_names), "worst": _listed(gallery.worst), "best": _listed(gallery.best),
+        "counts": asdict(counts),
     }  # fmt: skip
     return _Outcome(record, gallery, problems)
 
@@ -306,8 +317,12 @@ def _result(folder: Path, record: Mapping[str, Any], out: Path | None = None, *,
     for name, (form, meaning) in FIGURES.items():
         if name in figures:
             lines.append(f"  {name:<15}{form.format(figures[name]):>10}  {meaning}")
-        else:
+        elif name == "ssim":
             lines.append(f"  {name:<15}{'-':>10}  not measured: its window is larger than the images")
+    if "rfid" in figures and record["images"] < DIMENSIONS:
+        lines.append(
+            f"  rFID of {record['images']:,} images is biased upwards and comparable with no published one: take at least {DIMENSIONS:,}"
+        )
     for level in record["levels"]:
         used, entries = int(figures[f"{level}/used_codes"]), int(figures[f"{level}/codebook_size"])
         lines.append(

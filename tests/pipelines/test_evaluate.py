@@ -22,6 +22,8 @@ from pipelines.corpus.problems import Problem
 from pipelines.corpus.walk import walk_images
 from pipelines.gallery import SHOWN, Gallery, error_maps
 from tokenizer.evaluation import Measured
+from tokenizer.frechet import Moments, frechet_distance, load_inception
+from tokenizer.lpips import load_lpips
 
 RGB16 = Preprocessing(size=16, channels=3)
 
@@ -171,13 +173,18 @@ def test_flags_that_change_the_figures_and_those_that_do_not(
 
 def test_precision_is_that_of_the_encoder(tokenizer_folder: Path, scenes: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[str, bool]] = []
-    for name in ("encode", "decode"):
 
-        def spy(*args: Any, _name: str = name, _real: Any = getattr(tokenizer.Tokenizer, name)) -> Any:
-            seen.append((_name, torch.is_autocast_enabled("cpu")))
-            return _real(*args)
+    def watch(name: str) -> None:
+        real = getattr(tokenizer.Tokenizer, name)
+
+        def spy(*args: Any) -> Any:
+            seen.append((name, torch.is_autocast_enabled("cpu")))
+            return real(*args)
 
         monkeypatch.setattr(tokenizer.Tokenizer, name, spy)
+
+    watch("encode")
+    watch("decode")
     command = ("evaluate", tokenizer_folder, scenes, "--limit", "3", "--device", "cpu", "--precision")
     assert run(*command, "bf16") == run(*command, "fp32") == 0
     assert seen == [("encode", True), ("decode", False), ("encode", False), ("decode", False)]
@@ -230,6 +237,68 @@ def test_a_corpus_of_broken_images_is_refused(
     (folder / "a.png").write_bytes(b"no")
     assert run("evaluate", tokenizer_folder, folder) == 2
     assert "vqmill inspect" in capsys.readouterr().err
+
+
+def test_lpips_and_rfid_from_files(
+    tokenizer_folder: Path, scenes: str, published_weights: Path, inception_file: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "no-cache"))
+    out = tmp_path / "out"
+    command = ("evaluate", tokenizer_folder, scenes, "--size", "32", "--limit", "6", "--batch-size", "4", "--json")
+    assert run(*command) == 0
+    assert not {"lpips", "rfid"} & last_json(capsys).keys(), "only when asked for"
+
+    backbone = published_weights / "checkpoints/vgg16-397923af.pth"
+    given: list[Any] = []  # the distance itself takes seconds, so its arguments are compared
+
+    def spy(*moments: Any) -> float:
+        given.extend(moments)
+        return frechet_distance(*moments)
+
+    monkeypatch.setattr("pipelines.learned.frechet_distance", spy)
+    asked = ("--lpips", published_weights / "vgg.pth", "--lpips-backbone", backbone, "--rfid", inception_file)
+    assert run(*command, "--out", out, *asked) == 0
+    printed = capsys.readouterr().out
+    assert "rFID of 6 images is biased upwards" in printed
+    found = json.loads(printed.splitlines()[-1])
+
+    images = [image.pixels for image in walk_images(plan_corpus(scenes), Preprocessing(size=32), None, {}, 6)]
+    original = torch.from_numpy(np.stack(images))
+    model = tokenizer.load(tokenizer_folder)
+    made = model.decode(model.encode(original), torch.float32)
+    distance = load_lpips(published_weights / "vgg.pth", backbone)(original / 127.5 - 1, made).mean()
+    assert found["lpips"] == pytest.approx(float(distance), rel=1e-3)
+    network = load_inception(inception_file)
+    for (mean, covariance), pixels in zip(given, (original, model.decode(model.encode(original))), strict=True):
+        moments = Moments()
+        moments.add(network(pixels))
+        torch.testing.assert_close(mean, moments.result()[0], rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(covariance, moments.result()[1], rtol=1e-2, atol=1e-6)
+    assert found["rfid"] > 0
+
+    assert run(*command, "--out", out) == 2, "the measures are settings of the output"
+    assert "rfid" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["lpips", "rfid", "cache", "backbone"])
+def test_weights_that_are_not_there_are_named(
+    tokenizer_folder: Path, scenes: str, published_weights: Path, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "no-cache"))
+    nowhere = tmp_path / "nowhere.pth"
+    words, message = {
+        "lpips": (("--lpips", nowhere), "weights/v0.1/alex.pth or vgg.pth"),
+        "rfid": (("--rfid", nowhere), "pt_inception-2015-12-05-6726825d.pth"),
+        "cache": (
+            ("--lpips", published_weights / "alex.pth"),
+            "no-cache/checkpoints/alexnet-owt-7be5be79.pth: no such file",
+        ),
+        "backbone": (("--lpips-backbone", nowhere), "only together with --lpips"),
+    }[kind]
+    assert run("evaluate", tokenizer_folder, scenes, *words) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("limit", [None, 5])
