@@ -74,7 +74,7 @@ class LevelArray:
 
     def row_reader(self, cache_bytes: int) -> RowReader:
         """Reads rows into memory that is there already: for loaders. It keeps so many bytes of decoded chunks."""
-        return RowReader(self._source, self._check, self._name, cache_bytes)
+        return RowReader(self._source, self._check, self._name, cache_bytes, below=self._check.codebook_size or 0)
 
     def __getitem__(self, key: Any) -> np.ndarray[Any, Any]:
         """Rows by integer, slice, list of integers or boolean mask; then what else is named, as numpy indexes the rows that were read.
