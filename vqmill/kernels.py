@@ -25,6 +25,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 SYMBOL_PREFIX = "vqmill_"  # LLVM knows one address for each name in a process: these are ours
 NIBBLES, PAIRS, BITS = (np.uint64(mask) for mask in (0x0F0F0F0F0F0F0F0F, 0x3333333333333333, 0x5555555555555555))
 FOURS, TWOS, ONES = (np.uint64(mask) for mask in (0x00000000FFFFFFFF, 0x0000FFFF0000FFFF, 0x00FF00FF00FF00FF))
+TWO, THREE, FOUR = np.uint64(2), np.uint64(3), np.uint64(4)
 BLOSC_HEADER_BYTES, BLOSC_VERSION, BITSHUFFLE, NOT_SPLIT, LZ4, ZSTD = 16, 2, 0x04, 0x10, 1, 4
 MIN_SPLIT = 128  # elements of a block, from which on Blosc may make a stream of each of their bytes
 
@@ -56,7 +57,7 @@ def _compiled(function: Function) -> Function:
 
 @_compiled
 def read_chunks(
-    table: Table, out: Bytes, itemsize: int, is_blosc: bool, below: np.uint64, encoded: Bytes, planes: Words, tile: Words
+    table: Table, out: Bytes, itemsize: int, is_blosc: bool, below: int, encoded: Bytes, planes: Words, tile: Words
 ) -> int:  # fmt: skip
     """Reads, checks and decodes chunks one after the other, up to the first one that is not right.
 
@@ -91,7 +92,7 @@ def read_chunks(
         else:
             right = _zstd_size(start, size) == len(chunk)
             right = right and _zstd(context, chunk.ctypes.data, len(chunk), start, size) == len(chunk)
-        if not right or not (below == 0 or _highest(chunk, itemsize) < below):
+        if not right or not (below == 0 or _highest(chunk, itemsize) < np.uint64(below)):
             break
         done += 1
     _zstd_free(context)
@@ -101,7 +102,8 @@ def read_chunks(
 @_compiled
 def _number(data: Bytes, at: int) -> int:
     """A little-endian uint32 at an offset that must be there."""
-    return np.int64(data[at]) | np.int64(data[at + 1]) << 8 | np.int64(data[at + 2]) << 16 | np.int64(data[at + 3]) << 24
+    low, high = np.int64(data[at]) | np.int64(data[at + 1]) << 8, np.int64(data[at + 2]) | np.int64(data[at + 3]) << 8
+    return int(low | high << 16)
 
 
 @_compiled
@@ -135,7 +137,7 @@ def _decode_blosc(
     codec, group = flags >> 5, 64 * itemsize
     if (
         data[0] != BLOSC_VERSION or data[1] != 1 or data[3] != itemsize or flags & 0x0F != BITSHUFFLE
-        or (codec != LZ4 and codec != ZSTD) or block_bytes < 1 or block_bytes % group or raw % group
+        or (codec != LZ4 and codec != ZSTD) or not 0 < block_bytes <= raw or block_bytes % group or raw % group
     ):  # fmt: skip
         return _blosc(data.ctypes.data, chunk.ctypes.data, raw, 1) == raw
     blocks = (raw + block_bytes - 1) // block_bytes
@@ -188,39 +190,51 @@ def _unshuffle(planes: Words, out: Words, itemsize: int, tile: Words) -> None:
     for start in range(0, words, TILE_WORDS):
         count = min(TILE_WORDS, words - start)
         for byte in range(itemsize):
-            first, to = start + 8 * byte * words, byte * TILE_WORDS
-            _transpose(planes, first, words, tile, to, itemsize * TILE_WORDS, count, np.uint64(1), NIBBLES, PAIRS, BITS)
+            first, slot = start + 8 * byte * words, byte * TILE_WORDS
+            _transpose(planes, first, words, tile, slot, itemsize * TILE_WORDS, count, 1, NIBBLES, PAIRS, BITS)
         for first in range(0, slots * TILE_WORDS, 8 * TILE_WORDS):
-            _transpose(tile, first, TILE_WORDS, tile, first, TILE_WORDS, count, np.uint64(8), FOURS, TWOS, ONES)
+            _transpose(tile, first, TILE_WORDS, tile, first, TILE_WORDS, count, 8, FOURS, TWOS, ONES)
         for slot in range(slots):
             to = slots * start + itemsize * (slot & 7) + (slot >> 3)
             for word in range(count):
                 out[to + slots * word] = tile[slot * TILE_WORDS + word]
 
 
-@numba.njit(inline='always')
+@numba.njit(inline="always")
 def _transpose(
     source: Words, first: int, step: int, target: Words, to: int, target_step: int, count: int,
-    shift: np.uint64, fours: np.uint64, twos: np.uint64, ones: np.uint64,
+    shift: int, fours: np.uint64, twos: np.uint64, ones: np.uint64,
 ) -> None:  # fmt: skip
-    """Transposes 8 x 8 bits (shift 1) or bytes (shift 8), `count` times: rows are eight words, `step` apart (Warren, Hacker's Delight, 7-3)."""
-    step, target_step = np.uint64(step), np.uint64(target_step)
-    s1, s2, s4 = shift, shift * np.uint64(2), shift * np.uint64(4)
+    """Transposes 8 x 8 bits (shift 1) or bytes (shift 8), `count` times: rows are eight words, a step apart (Warren, Hacker's Delight, 7-3)."""
+    near, half, far = np.uint64(shift), np.uint64(2 * shift), np.uint64(4 * shift)
+    x, y = (
+        np.uint64(step),
+        np.uint64(target_step),
+    )  # unsigned places cannot count from the end: only so the loop becomes a vector's
     for word in range(np.uint64(count)):
         at = np.uint64(first) + word
-        a, b, c, d = source[at], source[at + step], source[at + np.uint64(2) * step], source[at + np.uint64(3) * step]
-        e, f, g, h = source[at + np.uint64(4) * step], source[at + np.uint64(5) * step], source[at + np.uint64(6) * step], source[at + np.uint64(7) * step]
-        (a, e), (b, f), (c, g), (d, h) = _swap(a, e, s4, fours), _swap(b, f, s4, fours), _swap(c, g, s4, fours), _swap(d, h, s4, fours)
-        (a, c), (b, d), (e, g), (f, h) = _swap(a, c, s2, twos), _swap(b, d, s2, twos), _swap(e, g, s2, twos), _swap(f, h, s2, twos)
-        (a, b), (c, d), (e, f), (g, h) = _swap(a, b, s1, ones), _swap(c, d, s1, ones), _swap(e, f, s1, ones), _swap(g, h, s1, ones)
+        a, b, c, d = source[at], source[at + x], source[at + TWO * x], source[at + THREE * x]
+        at += FOUR * x
+        e, f, g, h = source[at], source[at + x], source[at + TWO * x], source[at + THREE * x]
+        a, e = _swap(a, e, far, fours)
+        b, f = _swap(b, f, far, fours)
+        c, g = _swap(c, g, far, fours)
+        d, h = _swap(d, h, far, fours)
+        a, c = _swap(a, c, half, twos)
+        b, d = _swap(b, d, half, twos)
+        e, g = _swap(e, g, half, twos)
+        f, h = _swap(f, h, half, twos)
+        a, b = _swap(a, b, near, ones)
+        c, d = _swap(c, d, near, ones)
+        e, f = _swap(e, f, near, ones)
+        g, h = _swap(g, h, near, ones)
         at = np.uint64(to) + word
-        target[at], target[at + target_step] = a, b
-        target[at + np.uint64(2) * target_step], target[at + np.uint64(3) * target_step] = c, d
-        target[at + np.uint64(4) * target_step], target[at + np.uint64(5) * target_step] = e, f
-        target[at + np.uint64(6) * target_step], target[at + np.uint64(7) * target_step] = g, h
+        target[at], target[at + y], target[at + TWO * y], target[at + THREE * y] = a, b, c, d
+        at += FOUR * y
+        target[at], target[at + y], target[at + TWO * y], target[at + THREE * y] = e, f, g, h
 
 
-@numba.njit(inline='always')
+@numba.njit(inline="always")
 def _swap(low: np.uint64, high: np.uint64, shift: np.uint64, mask: np.uint64) -> tuple[np.uint64, np.uint64]:
     """Swaps the bits of `low` that the mask does not name with those of `high` that it names."""
     changed = (low >> shift ^ high) & mask

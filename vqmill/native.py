@@ -14,7 +14,7 @@ import logging
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -99,16 +99,19 @@ def load() -> ReadChunks:
     if sys.byteorder != "little" or sys.maxsize < 2**32:
         raise UnavailableError("it is for little-endian machines of 64 bits")
     try:
-        from llvmlite import binding
+        from llvmlite import binding  # pyright: ignore[reportMissingTypeStubs]
 
         from vqmill import kernels
     except ImportError as error:
-        raise UnavailableError(f"numba cannot be imported ({error}). Get it with: pip install 'vqmill[fast]'") from error
+        raise UnavailableError(
+            f"numba cannot be imported ({error}). Get it with: pip install 'vqmill[fast]'"
+        ) from error
     for name, address in _addresses().items():
-        binding.add_symbol(kernels.SYMBOL_PREFIX + name, address)
+        binding.add_symbol(kernels.SYMBOL_PREFIX + name, address)  # pyright: ignore[reportUnknownMemberType]
     try:
         nothing = np.empty((0, 3), np.int64), np.empty((0, 0), np.uint8)
         kernels.read_chunks(*nothing, 1, True, 0, *Scratch.of(0, 0, 1))
+        cast("Any", kernels.read_chunks).disable_compile()  # for other types: they would be a mistake of ours
     except Exception as error:  # numba's and LLVM's have no common base class
         raise UnavailableError(f"numba cannot compile it here: {error}") from error
     return kernels.read_chunks
@@ -123,5 +126,7 @@ def _addresses() -> dict[str, int]:
             for name in names:
                 found[name] = ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0
         except (ImportError, OSError, AttributeError) as error:
-            raise UnavailableError(f"{module or 'the C library'} does not give its functions to others ({error})") from error
+            raise UnavailableError(
+                f"{module or 'the C library'} does not give its functions to others ({error})"
+            ) from error
     return found
