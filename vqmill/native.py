@@ -1,8 +1,9 @@
-"""Whether chunks are read by compiled code (kernels.py; the extra `fast`), or one by one in Python: the same rows, the same errors, at half the speed.
+"""Whether chunks are read by compiled code (kernels.py; the extra `fast`), or one by one in Python: the same rows and errors, at half the speed.
 
-Compiled code is loaded when this process has read so much that the time it takes (about half a second, and 65 MB of memory) is worth it.
-Numba then compiles it once on a machine, for some ten seconds, and keeps it in `__pycache__` beside kernels.py or, where that cannot be
-written, in the user's cache folder (or $NUMBA_CACHE_DIR).
+Compiled code is loaded when this process has decoded so much that it is worth the time (about a second) and the memory (110 MB, two thirds
+of it libraries that processes share). Numba compiles it once on a machine, for some ten seconds, and keeps it in `__pycache__` beside
+kernels.py or, where that cannot be written, in the user's cache folder ($NUMBA_CACHE_DIR names another): folders that are trusted like the
+ones that Python keeps its own compiled files in.
 """
 
 from __future__ import annotations
