@@ -99,20 +99,21 @@ def load() -> ReadChunks:
     """
     if sys.byteorder != "little" or sys.maxsize < 2**32:
         raise UnavailableError("it is for little-endian machines of 64 bits")
+    addresses = _addresses()
     try:
         from llvmlite import binding  # pyright: ignore[reportMissingTypeStubs]
 
         from vqmill import kernels
+
+        for name, address in addresses.items():
+            binding.add_symbol(kernels.SYMBOL_PREFIX + name, address)  # pyright: ignore[reportUnknownMemberType]
+        nothing = np.empty((0, 3), np.int64), np.empty((0, 0), np.uint8)
+        kernels.read_chunks(*nothing, 1, True, 0, *Scratch.of(0, 0, 1))
+        cast("Any", kernels.read_chunks).disable_compile()  # for other types: they would be a mistake of ours
     except ImportError as error:
         raise UnavailableError(
             f"numba cannot be imported ({error}). Get it with: pip install 'vqmill[fast]'"
         ) from error
-    for name, address in _addresses().items():
-        binding.add_symbol(kernels.SYMBOL_PREFIX + name, address)  # pyright: ignore[reportUnknownMemberType]
-    try:
-        nothing = np.empty((0, 3), np.int64), np.empty((0, 0), np.uint8)
-        kernels.read_chunks(*nothing, 1, True, 0, *Scratch.of(0, 0, 1))
-        cast("Any", kernels.read_chunks).disable_compile()  # for other types: they would be a mistake of ours
     except Exception as error:  # numba's and LLVM's have no common base class
         raise UnavailableError(f"numba cannot compile it here: {error}") from error
     return kernels.read_chunks
