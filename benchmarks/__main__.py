@@ -17,6 +17,7 @@ import zarr
 
 from benchmarks import corpus, entropy, loading, models, reading, scale, shuffling
 from benchmarks.measure import Line
+from vqmill import native
 
 Section = Callable[[Path], Iterator[Line]]
 
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help="what to measure; all without a name")
     parser.add_argument("--list", action="store_true", help="print the names, and measure nothing")
     parser.add_argument("--store", type=Path, help="for `entropy`: a code store, instead of training a tokenizer now")
+    parser.add_argument("--python", action="store_true", help="read chunks in Python, as without the extra `fast`")
     asked = parser.parse_args()
     if unknown := [name for name in asked.names if name not in SECTIONS]:
         parser.error(f"no measurement is called {', '.join(unknown)}; choose from {', '.join(SECTIONS)}")
@@ -54,11 +56,19 @@ def main() -> None:
         return
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}; "
-        f"numpy {np.__version__}, zarr {zarr.__version__}"
+        f"numpy {np.__version__}, zarr {zarr.__version__}; {_reading(compiled=not asked.python)}"
     )
     lines = [line for name, section in sections.items() if name in (asked.names or sections) for line in _run(section)]
     missed = [line for line in lines if line.target and not line.target.met(line.ratio)]
     print(f"{sum(line.target is not None for line in lines) - len(missed)} targets met, {len(missed)} missed")
+
+
+def _reading(compiled: bool) -> str:
+    """Chooses how chunks are read from the first one on, so that no measurement changes its way in the middle."""
+    if compiled:
+        native.load()
+    native.PROCESS = native.Native(worth_bytes=0 if compiled else 2**62)
+    return f"chunks are read {'by compiled code' if compiled else 'in Python'}"
 
 
 def _run(section: Section) -> Iterator[Line]:

@@ -15,6 +15,7 @@ import vqmill
 from benchmarks.measure import Line, Target, medians, speed, timed
 from benchmarks.peers import BATCH, NAMES, WORKERS, Peer, touch
 from benchmarks.stores import LEVEL, ROWS, draw_codes, entropy, store_spec, write_store
+from vqmill import native
 
 PEER_TARGETS = {"litdata": 5.0, "MDS": 50.0}
 MEMORY_TARGETS = {"blosc-zstd": 0.25, "blosc-lz4": 0.40}
@@ -67,14 +68,19 @@ def _our_epoch(path: Path) -> Callable[[], None]:
 def resident(folder: Path) -> Iterator[Line]:
     """How much a process grows during a shuffled epoch, against the pool it was asked to keep to."""
     path = write_store(folder / "codes.zarr", store_spec(), {"codes": draw_codes(ROWS)})
+    compiled = native.PROCESS.read_chunks(0) is not None
     for pool in (16 * MEBIBYTE, 64 * MEBIBYTE, 128 * MEBIBYTE):
         answer = subprocess.run(
-            [sys.executable, "-m", "benchmarks.resident", str(path), str(pool)], check=True, capture_output=True
+            [sys.executable, "-m", "benchmarks.resident", str(path), str(pool), str(int(compiled))],
+            check=True,
+            capture_output=True,
         )
-        growth = json.loads(answer.stdout)["growth_bytes"]
+        found = json.loads(answer.stdout)
+        growth, code = found["growth_bytes"], found["code_bytes"]
         yield Line(
             growth / pool,
-            f"peak resident memory of a shuffled epoch over that before it, pool_bytes={pool // MEBIBYTE} MiB, raw codes {ROWS * LEVEL.row_bytes // MEBIBYTE} MiB",
+            f"peak resident memory of a shuffled epoch over that before it, pool_bytes={pool // MEBIBYTE} MiB, raw codes {ROWS * LEVEL.row_bytes // MEBIBYTE} MiB"
+            + (f", without the compiled code's {code / MEBIBYTE:,.0f} MiB" if compiled else ""),
             f"{growth / MEBIBYTE:,.1f} MiB",
             f"{pool / MEBIBYTE:,.1f} MiB",
             Target(1.0, at_most=True),

@@ -41,6 +41,8 @@ def doctor() -> Result:
     lines.append("packages: " + ", ".join(f"{name} {found or 'MISSING'}" for name, found in versions.items()))
     devices = [] if "torch" in missing else _devices()
     lines.append("devices: " + ", ".join(devices))
+    reading = _reading()
+    lines.append(f"reading codes: {reading}")
     free = shutil.disk_usage(Path.cwd()).free
     lines.append(
         f"disk: {free / 1e9:,.1f} GB free here"
@@ -58,7 +60,9 @@ def doctor() -> Result:
         code = FAILED
     if not code:
         lines.append("all is well")
-    return Result(lines, facts={"versions": versions, "devices": devices, "free_bytes": free}, code=code)
+    return Result(
+        lines, facts={"versions": versions, "devices": devices, "reading": reading, "free_bytes": free}, code=code
+    )
 
 
 def _devices() -> list[str]:
@@ -66,6 +70,16 @@ def _devices() -> list[str]:
 
     gpus = [f"cuda:{index} {torch.cuda.get_device_name(index)}" for index in range(torch.cuda.device_count())]
     return [f"cpu {torch.backends.cpu.get_cpu_capability()}", *gpus] + ([] if gpus else ["no GPU seen by torch"])
+
+
+def _reading() -> str:
+    from vqmill import native
+
+    try:
+        native.load()
+    except native.UnavailableError as error:
+        return f"in Python, at half the speed, because {error}"
+    return f"by compiled code, once a process has decoded {native.WORTH_BYTES // 2**20} MiB"
 
 
 def _try_ray() -> str:

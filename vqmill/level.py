@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -74,7 +75,7 @@ class LevelArray:
 
     def row_reader(self, cache_bytes: int) -> RowReader:
         """Reads rows into memory that is there already: for loaders. It keeps so many bytes of decoded chunks."""
-        return RowReader(self._source, self._check, self._name, cache_bytes)
+        return RowReader(self._source, self._check, self._name, cache_bytes, below=self._check.codebook_size or 0)
 
     def __getitem__(self, key: Any) -> np.ndarray[Any, Any]:
         """Rows by integer, slice, list of integers or boolean mask; then what else is named, as numpy indexes the rows that were read.
@@ -90,7 +91,7 @@ class LevelArray:
         if len(parts) > len(self.shape):
             raise IndexError(f"{len(parts)} axes are named, {self._name} has {len(self.shape)}")
         if isinstance(rows, (int, np.integer)) and not isinstance(rows, bool):
-            return np.asarray(self._read(self._checked(np.array([rows])))[(0, *rest)])
+            return np.asarray(self._row(operator.index(cast("int", rows)))[(0, *rest)])
         if isinstance(rows, slice):
             first, stop, step = rows.indices(self._num_rows)
             chosen = np.arange(first, stop, step)
@@ -111,6 +112,14 @@ class LevelArray:
             raise IndexError(f"row {wanted.max()} is not in 0..{self._num_rows - 1}")
         return self._checked(wanted.astype(np.int64))
 
+    def _row(self, row: int) -> np.ndarray[Any, Any]:
+        """The same as `_read` of this row, with fewer steps: many read row by row."""
+        if not -self._num_rows <= row < self._num_rows:
+            raise self._no_row(row)
+        values = np.empty((1, *self.shape[1:]), self.dtype)
+        self._reader.read_row(row % self._num_rows, values)
+        return values
+
     def _read(self, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         ascending = bool((rows[1:] > rows[:-1]).all())
         distinct, places = (rows, None) if ascending else np.unique(rows, return_inverse=True)
@@ -120,10 +129,11 @@ class LevelArray:
 
     def _checked(self, rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         if rows.size and (rows.min() < -self._num_rows or rows.max() >= self._num_rows):
-            raise IndexError(
-                f"row {int(rows.max() if rows.max() >= self._num_rows else rows.min())} is not in 0..{self._num_rows - 1}"
-            )
+            raise self._no_row(int(rows.max() if rows.max() >= self._num_rows else rows.min()))
         return np.where(rows < 0, rows + self._num_rows, rows)
+
+    def _no_row(self, row: int) -> IndexError:
+        return IndexError(f"row {row} is not in 0..{self._num_rows - 1}")
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
         if copy is False:

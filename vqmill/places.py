@@ -24,6 +24,7 @@ class OpenFile(Protocol):
     """A file that stays readable as it was when it was opened, on a disk; in an object store, files are taken not to change."""
 
     size: int
+    descriptor: int | None  # while this object lives; None: no file of this machine
 
     def read_into(self, start: int, buffer: Bytes) -> int:
         """Fills the buffer with the bytes from `start` on; returns how many there were.
@@ -73,6 +74,7 @@ class _LocalFile:
     def __init__(self, path: str) -> None:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would wait for its writer
         self._file = os.fdopen(descriptor, "rb", buffering=0)  # an object that closes itself, and refuses to be copied
+        self.descriptor: int | None = descriptor
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
             raise CodesError("not a plain file")
@@ -141,6 +143,8 @@ class Bucket:
 
 
 class _RemoteFile:
+    descriptor: int | None = None
+
     def __init__(self, bucket: Bucket, file: str) -> None:
         self._bucket, self._file = bucket, file
         self.size = bucket.head(file)

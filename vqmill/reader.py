@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
-from itertools import pairwise
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
+from vqmill import native
 from vqmill.chunks import MISSING, ChunkLayout, crc32c, decode_chunk
 from vqmill.errors import CodesError
 from vqmill.places import OpenFile, Place
@@ -34,6 +34,19 @@ class ChunkSource(Protocol):
 
         Raises:
             CodesError: it is missing or damaged.
+        """
+        ...
+
+    def read_chunks(self, chunks: Sequence[int], out: np.ndarray[Any, Any], below: int) -> int:
+        """Decodes many whole chunks at once, where that can be done.
+
+        Args:
+            chunks: their numbers.
+            out: C-contiguous memory of dtype for all of them, one behind the other.
+            below: what every value must be less than; 0 when any may be.
+
+        Returns:
+            How many chunks, from the first one on, are decoded and right: of the next one, if there is one, `read_chunk` says what is wrong.
         """
         ...
 
@@ -104,24 +117,50 @@ class ShardedArray:
 
     def read_chunk(self, chunk: int, out: np.ndarray[Any, Any]) -> None:
         """See `ChunkSource`."""
+        if self.read_chunks([chunk], out, below=0):
+            return
         number, inner = divmod(chunk, self._layout.chunks_per_shard)
         shard = self._open(number)
         start, size = shard.index[inner].tolist()
         try:
             if start == MISSING:
                 raise CodesError("it is missing")
-            encoded = self._buffer()[:size]
+            encoded = self._scratch().encoded[:size]
             if shard.file.read_into(start, encoded) != size:
                 raise CodesError("the file is cut short")
             decode_chunk(encoded, self._layout, out)
         except (CodesError, OSError) as error:
             raise CodesError(f"{self._shard_file(number)}, chunk {inner}: {error}") from error
 
-    def _buffer(self) -> np.ndarray[Any, Any]:
-        """This thread's memory for an encoded chunk."""
-        if not hasattr(self._thread, "buffer"):
-            self._thread.buffer = np.empty(self._layout.max_chunk_bytes, np.uint8)
-        return self._thread.buffer
+    def read_chunks(self, chunks: Sequence[int], out: np.ndarray[Any, Any], below: int) -> int:
+        """See `ChunkSource`."""
+        layout = self._layout
+        read = native.PROCESS.read_chunks(len(chunks) * layout.raw_bytes)
+        if read is None:
+            return 0
+        assert out.flags.c_contiguous
+        table: list[tuple[int, int, int]] = []
+        shards: list[_OpenShard] = []  # which must stay open
+        for number, inner in (divmod(chunk, layout.chunks_per_shard) for chunk in chunks):
+            try:
+                shard = self._open(number)
+            except CodesError:
+                break  # `read_chunk` will say it
+            start, size = shard.index[inner].tolist()
+            if shard.file.descriptor is None or start == MISSING:
+                break
+            shards.append(shard)
+            table.append((shard.file.descriptor, start, size))
+        places = np.array(table, np.int64).reshape(-1, 3)
+        memory = out.reshape(len(chunks), -1).view(np.uint8)
+        return read(places, memory, layout.dtype.itemsize, layout.compressor == "blosc", below, *self._scratch())
+
+    def _scratch(self) -> native.Scratch:
+        """This thread's memory for what a chunk is on its way."""
+        if not hasattr(self._thread, "scratch"):
+            layout = self._layout
+            self._thread.scratch = native.Scratch.of(layout.max_chunk_bytes, layout.raw_bytes, layout.dtype.itemsize)
+        return self._thread.scratch
 
     def _open(self, number: int) -> _OpenShard:
         shard = self._shards.get(number)
@@ -141,7 +180,12 @@ class RowReader:
     """Rows of an array, from chunks. Chunks of which only a part was wanted are kept, the latest ones, up to a number of bytes."""
 
     def __init__(
-        self, source: ChunkSource, check: Callable[[np.ndarray[Any, Any], int], None], name: str, cache_bytes: int
+        self,
+        source: ChunkSource,
+        check: Callable[[np.ndarray[Any, Any], int], None],
+        name: str,
+        cache_bytes: int,
+        below: int = 0,
     ) -> None:
         """Reads nothing yet.
 
@@ -150,10 +194,11 @@ class RowReader:
             check: called with the wanted rows of a chunk and the first one's number; raises CodesError when a value cannot be.
             name: of the array, for errors.
             cache_bytes: decoded chunks kept; one at least.
+            below: values less than this pass the check; 0 when that is not all that it looks at.
         """
-        self._source, self._check, self._name = source, check, name
+        self._source, self._check, self._name, self._below = source, check, name, below
         chunk_bytes = math.prod(source.chunk_shape) * source.dtype.itemsize
-        self._cache: LatestUsed[np.ndarray[Any, Any]] = LatestUsed(max(1, cache_bytes // chunk_bytes))
+        self._cache: LatestUsed[tuple[np.ndarray[Any, Any], bool]] = LatestUsed(max(1, cache_bytes // chunk_bytes))
 
     @property
     def chunk_rows(self) -> int:
@@ -173,27 +218,57 @@ class RowReader:
         if not len(rows):
             return
         chunks = rows // self.chunk_rows
-        cuts = np.flatnonzero(chunks[1:] != chunks[:-1]) + 1
-        for start, stop in pairwise([0, *cuts.tolist(), len(rows)]):
-            chunk = int(chunks[start])
-            place = out[start:stop]
-            try:
-                if stop - start == self.chunk_rows:
-                    self._source.read_chunk(chunk, place)
-                else:
-                    whole, inside = self._whole(chunk), rows[start:stop] - chunk * self.chunk_rows
-                    np.take(whole, inside, axis=0, out=place, mode="clip")
-            except CodesError as error:
-                first = chunk * self.chunk_rows
-                raise CodesError(
-                    f"{self._name} cannot be read in rows {first}..{first + self.chunk_rows - 1}: {error}. See: vqmill verify."
-                ) from error
-            self._check(place, int(rows[start]))
+        cuts = [0, *(np.flatnonzero(chunks[1:] != chunks[:-1]) + 1).tolist(), len(rows)]
+        numbers = chunks[cuts[:-1]].tolist()
+        done = 0
+        while done < len(numbers):
+            run = done  # of whole chunks, to be read at once
+            while self._below and run < len(numbers) and cuts[run + 1] - cuts[run] == self.chunk_rows:
+                run += 1
+            if run > done:
+                done += self._source.read_chunks(numbers[done:run], out[cuts[done] : cuts[run]], self._below)
+            if done < len(numbers):
+                start, stop = cuts[done : done + 2]
+                self._read_from(numbers[done], rows[start:stop], out[start:stop])
+                done += 1
 
-    def _whole(self, chunk: int) -> np.ndarray[Any, Any]:
-        values = self._cache.get(chunk)
-        if values is None:
+    def read_row(self, row: int, out: np.ndarray[Any, Any]) -> None:
+        """The same for one row, with fewer steps: `out` is [1, *grid]."""
+        self._read_from(row // self.chunk_rows, np.array([row]), out)
+
+    def _read_from(self, chunk: int, rows: np.ndarray[Any, Any], out: np.ndarray[Any, Any]) -> None:
+        """Reads rows of one chunk."""
+        first, sound = chunk * self.chunk_rows, False
+        try:
+            if len(rows) == self.chunk_rows:
+                self._source.read_chunk(chunk, out)
+            else:
+                values, sound = self._whole(chunk)
+                start, last = int(rows[0]) - first, int(rows[-1]) - first
+                if last - start == len(rows) - 1:
+                    out[:] = values[start : last + 1]
+                else:
+                    np.take(values, rows - first, axis=0, out=out, mode="clip")
+        except CodesError as error:
+            raise CodesError(
+                f"{self._name} cannot be read in rows {first}..{first + self.chunk_rows - 1}: {error}. See: vqmill verify."
+            ) from error
+        if not sound:
+            self._check(out, int(rows[0]))
+
+    def _whole(self, chunk: int) -> tuple[np.ndarray[Any, Any], bool]:
+        """A decoded chunk, and whether all of it passes the check; the rows behind a store's last one do not."""
+        kept = self._cache.get(chunk)
+        if kept is None:
             values = np.empty(self._source.chunk_shape, self._source.dtype)
             self._source.read_chunk(chunk, values)
-            self._cache.put(chunk, values)
-        return values
+            kept = (values, self._passes(values))
+            self._cache.put(chunk, kept)
+        return kept
+
+    def _passes(self, values: np.ndarray[Any, Any]) -> bool:
+        try:
+            self._check(values, 0)
+        except CodesError:
+            return False
+        return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -90,6 +91,10 @@ class ZarrArray:
         except Exception as error:  # zarr and its codecs have no common error
             raise CodesError(str(error)) from error
         out[: len(values)] = values
+
+    def read_chunks(self, chunks: Sequence[int], out: np.ndarray[Any, Any], below: int) -> int:
+        """None at once: see `reader.ChunkSource`."""
+        return 0
 
 
 def _expected(level: LevelSpec | None) -> tuple[str, np.dtype[Any], tuple[int, ...], int]:

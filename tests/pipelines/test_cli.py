@@ -403,6 +403,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     report = last_json(capsys)
     assert report["versions"]["torch"]
     assert report["devices"]
+    assert "compiled code" in report["reading"] or "pip install 'vqmill[fast]'" in report["reading"]
 
 
 @pytest.mark.usefixtures("ray_session")

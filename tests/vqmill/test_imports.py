@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-HEAVY = "torch, ray, av, torchvision, webdataset, PIL, safetensors"
+HEAVY = "torch, ray, av, torchvision, webdataset, PIL, safetensors, numba"
 
 READ = """
 import sys

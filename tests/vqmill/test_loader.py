@@ -15,6 +15,8 @@ from vqmill import CodesError
 from vqmill.pools import PoolMemory
 from vqmill.reader import RowReader
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 NUM_ROWS = 53
 FIRST_ROWS = [32, 34, 36, 38, 8, 10, 12, 14, 48, 50, 52, 25, 27, 29, 31, 17]
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vqmill.order import BlockOrder, EpochOrder, Permutation
+from vqmill.order import BlockOrder, EpochOrder, Permutation, ascending
 
 
 @pytest.mark.parametrize("world_size", [1, 8])
@@ -74,3 +74,10 @@ def test_each_element_comes_to_each_place_equally_often(size):
     counts = np.array([np.bincount(draws[:, place], minlength=size) for place in range(size)])
     spread = np.sqrt(3000 / size)
     assert abs(counts - 3000 / size).max() < 5 * spread
+
+
+@pytest.mark.parametrize("different", [3, 2**63])
+def test_draws_are_sorted_as_a_stable_sort_does_it(different):
+    """Also equal ones, which draws of 64 bits hardly ever are."""
+    draws = np.random.default_rng(0).integers(0, different, 5000, dtype=np.uint64)
+    assert ascending(draws).tolist() == np.argsort(draws, kind="stable").tolist()

@@ -27,6 +27,8 @@ from vqmill.layout import array_metadata, encode_zarr_shard, group_metadata
 from vqmill.reader import OPEN_SHARDS, RowReader
 from vqmill.spec import CODECS, LevelSpec, StoreSpec
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 SHARD = "top/c/1/0/0"
 
 
