@@ -47,6 +47,10 @@ class Meter:
             soft_wrap=True,
         )
 
+    def say(self, text: str) -> None:
+        """Prints a line above the display."""
+        self._console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
 
 @contextmanager
 def meter(title: str, unit: str) -> Iterator[Meter]:

@@ -57,11 +57,14 @@ class TokenizerStep(nn.Module):
         return StepOutput(loss=loss, metrics=metrics, sums=sums, pools=pools)
 
     @torch.no_grad()
-    def update(self, sums: Mapping[str, Tensor], pools: Mapping[str, Tensor], generator: torch.Generator) -> None:
+    def update(
+        self, sums: Mapping[str, Tensor], pools: Mapping[str, Tensor], generator: torch.Generator
+    ) -> dict[str, Tensor]:
         """Moves codebooks and data variance; after the optimizer's step, with what `forward` gave, reduced over all ranks."""
         self.pixel_sums += sums["pixels"].to(self.pixel_sums)
         for name, quantizer in self.tokenizer.quantizers.items():
             quantizer.update(sums[f"{name}/counts"], sums[f"{name}/sums"], pools[name], generator)
+        return {}
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import pipelines.fit
 import tokenizer
 import vqmill
 from pipelines.cli import app
 from pipelines.options import FitFlags
+from pipelines.training_state import TrainingState
 from vqmill.layout import group_metadata, read_spec, smallest_codec
 from vqmill.verify import verify_store
 
@@ -214,7 +214,7 @@ def test_a_stopped_training_ends_as_an_uninterrupted_one(
 ) -> None:
     assert train(scenes, tmp_path / "whole", steps=20) == 0
     settings = tmp_path / "stopped.toml"
-    real = pipelines.fit._State.save
+    real = TrainingState.save
 
     def save_and_stop(state: Any) -> None:
         real(state)
@@ -222,7 +222,7 @@ def test_a_stopped_training_ends_as_an_uninterrupted_one(
             return
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipelines.fit._State, "save", save_and_stop)
+    monkeypatch.setattr(TrainingState, "save", save_and_stop)
 
     def train_stopped() -> int:
         settings.write_text(TINY + "[fit]\nsave_every = 8\n")
