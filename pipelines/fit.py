@@ -162,7 +162,7 @@ def fit(
         if state.done % LOG_EVERY_STEPS == 0 or last:
             log.training({"step": state.done, **metrics, "learning_rate": config.rate(state.done - 1)})
         if state.done % config.validate_every == 0 or state.done == early or last:
-            final = state.validate(validation, warn=state.done == early)
+            final = state.validate(validation, warn=state.done == early > codebooks_begin)
         if state.done % config.save_every == 0 or last:
             state.save()
             context.report({"step": state.done, "loss": loss, **final})

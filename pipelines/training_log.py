@@ -43,7 +43,12 @@ class TrainingLog:
         if self._tensorboard:
             from torch.utils.tensorboard.writer import SummaryWriter
 
+            first = not self._tensorboard.exists()
             self._events = SummaryWriter(str(self._tensorboard), purge_step=step + 1)
+            metrics = self._folder / METRICS_FILE
+            if first and metrics.exists():  # of a run that was begun without TensorBoard
+                for line in metrics.read_text().splitlines():
+                    self._add_points(json.loads(line))
 
     def record(self, values: Mapping[str, Any]) -> None:
         """Writes a line: `step`, and anything else that JSON takes. Numbers become points in TensorBoard."""
@@ -51,6 +56,9 @@ class TrainingLog:
             return
         with (self._folder / METRICS_FILE).open("a") as file:
             file.write(json.dumps(values) + "\n")
+        self._add_points(values)
+
+    def _add_points(self, values: Mapping[str, Any]) -> None:
         if self._events:
             for name, value in values.items():
                 if name != "step" and isinstance(value, int | float):

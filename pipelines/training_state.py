@@ -59,8 +59,8 @@ class TrainingState:
         averages = dict(zip(map(id, self.trained), self.ema, strict=bool(self.ema)))
         for name, rows in replaced.items():
             parameter = named[name]
-            moments = self.optimizer.state[parameter]
-            for moment in ("exp_avg", "exp_avg_sq"):
+            moments = self.optimizer.state.get(parameter, {})  # none: it never had a gradient
+            for moment in moments.keys() & {"exp_avg", "exp_avg_sq"}:
                 moments[moment][rows] = 0
             if self.ema:
                 averages[id(parameter)][rows] = parameter.detach()[rows]
@@ -148,7 +148,7 @@ class TrainingState:
         self.log.begin(self.done)
         if self.context.restart:
             self.log.note(
-                f"a worker was lost: all were started again (restart {self.context.restart} of {self.config.max_failures} at most), from step {self.done}"
+                f"a worker failed: all were started again from step {self.done} (restart {self.context.restart}; max_failures is {self.config.max_failures})"
             )
             self.log.record({"step": self.done, "restart": self.context.restart})
         if streams and len(streams) != self.context.world_size:

@@ -247,6 +247,16 @@ def test_a_stopped_training_ends_as_an_uninterrupted_one(
     assert found[0] == found[1]
 
 
+def test_tensorboard_events_lie_beside_the_metrics(
+    scenes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert train(scenes, tmp_path / "tok", "--tensorboard", steps=3) == 0
+    assert len(list((tmp_path / "tok" / "tensorboard").iterdir())) == 1
+    monkeypatch.setattr("pipelines.training_log.find_spec", lambda name: None)
+    assert train(scenes, tmp_path / "other", "--tensorboard", steps=3) == 2
+    assert not list(tmp_path.glob("other*[!l]")), "nothing was begun"
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.*")  # Ray Train warns of itself
 @pytest.mark.usefixtures("ray_session")
 def test_two_workers_train_on_ray(scenes: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -245,6 +245,7 @@ def test_replaced_rows_are_forgotten(tmp_path: Path) -> None:
         def __init__(self) -> None:
             super().__init__()
             self.codebook = nn.Parameter(torch.ones(3, 2))
+            self.idle = nn.Parameter(torch.ones(2, 2))  # never has a gradient
             self.updates = 0
 
         def forward(self, batch: Mapping[str, Tensor]) -> StepOutput:
@@ -259,7 +260,7 @@ def test_replaced_rows_are_forgotten(tmp_path: Path) -> None:
             if self.updates < 3:
                 return {}
             self.codebook[1] = 7.0
-            return {"codebook": torch.tensor([False, True, False])}
+            return {"codebook": torch.tensor([False, True, False]), "idle": torch.tensor([True, False])}
 
     config = replace(CONFIG, steps=3, weight_ema=0.9)
     step = Revived()
@@ -278,21 +279,31 @@ def test_replaced_rows_are_forgotten(tmp_path: Path) -> None:
     assert not torch.equal(step.codebook[0], saved["step.codebook"][0]), "and goes on elsewhere"
 
 
-def test_tensorboard_has_the_same_points_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("from_the_start", [True, False])
+def test_tensorboard_has_the_same_points_once(tmp_path: Path, from_the_start: bool) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    def train(kill_at: int | None) -> None:
+    def train(kill_at: int | None, *, tensorboard: bool) -> None:
         def on_step(done: int, loss: float) -> None:
             if done == kill_at:
                 raise Killed
 
         config = replace(CONFIG, steps=30)
         context = LocalContext(torch.device("cpu"))
-        fit(LinearStep(), Numbers(), validation, config, context, tmp_path, on_step, tensorboard=tmp_path / "events")
+        fit(
+            LinearStep(),
+            Numbers(),
+            validation,
+            config,
+            context,
+            tmp_path,
+            on_step,
+            tensorboard=tmp_path / "events" if tensorboard else None,
+        )
 
     with pytest.raises(Killed):
-        train(kill_at=27)
-    train(kill_at=None)
+        train(kill_at=27, tensorboard=from_the_start)
+    train(kill_at=None, tensorboard=True)
     records = [json.loads(line) for line in (tmp_path / METRICS_FILE).read_text().splitlines()]
     events = EventAccumulator(str(tmp_path / "events")).Reload()
     for name in ("loss", "learning_rate", "validation/loss"):
