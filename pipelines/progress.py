@@ -48,8 +48,8 @@ class Meter:
         )
 
     def say(self, text: str) -> None:
-        """Prints a line above the display."""
-        self._console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
+        """Prints a line above the display, after the title."""
+        self._console.print(f"{self._title}: {text}", highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 @contextmanager

@@ -86,13 +86,14 @@ def run_job(
 
     Raises:
         UsageError: the batch cannot be shared out among the workers.
-        RunFailed: the loss was not finite, or workers were lost more often than `max_failures`.
+        CodesError: the data cannot be read; on Ray too it is raised as it was, and not tried again.
+        RunFailed: the loss was not finite, or workers failed more often than `max_failures`.
     """
     job.fit.rank_batch(workers)
     if not (folder / FINAL_FILE).exists():
         with meter(title, "steps") as show, _following(folder, show, job.fit.steps if workers > 1 else None):
             if (folder / RESUME_FILE).exists():
-                show.say(f"{title}: going on from the resume point of an earlier run")
+                show.say("going on from the resume point of an earlier run")
             if workers == 1:
 
                 def on_step(done: int, loss: float) -> None:
@@ -132,9 +133,7 @@ def _run_rank(
 
 
 def _run_on_ray(job: Job, folder: Path, tensorboard: Path | None, workers: int, device: str) -> None:
-    shutil.rmtree(
-        folder / "ray", ignore_errors=True
-    )  # Ray Train would restore its state by itself; ours is the resume point
+    shutil.rmtree(folder / "ray", ignore_errors=True)  # Ray Train would restore its state by itself; ours is enough
     for path in (folder / ATTEMPTS_FILE, *folder.glob(STOPPED_FILES)):
         path.unlink(missing_ok=True)
     with ray_cluster(workers, device):
@@ -215,7 +214,8 @@ def _following(folder: Path, show: Meter, steps: int | None) -> Iterator[None]:
                 whole = file.read().rpartition(b"\n")[0]
             if whole:
                 shown += len(whole) + 1
-                show.say(printable(whole.decode()))
+                for line in whole.decode().splitlines():
+                    show.say(printable(line))
         if steps and (newest := _newest_step(folder / METRICS_FILE)):
             show(newest["step"], steps, f"loss {newest['loss']:.4f}")
 

@@ -50,11 +50,12 @@ class Poisoned(Pictures):
 
 def make_step() -> tokenizer.TokenizerStep:
     """The same architecture for all cases."""
-    return tokenizer.TokenizerStep(
-        tokenizer.from_preset(
-            "rgb32", size=16, codebook_size=16, code_dim=8, hidden_dim=16, residual_dim=8, start_step=3
-        )
+    model = tokenizer.from_preset(
+        "rgb32", size=16, codebook_size=16, code_dim=8, hidden_dim=16, residual_dim=8, start_step=3
     )
+    return tokenizer.TokenizerStep(model).to(
+        memory_format=torch.channels_last
+    )  # as jobs do; other kernels round otherwise
 
 
 CONFIG = FitConfig(steps=10, batch_size=16, learning_rate=1e-3, warmup_steps=1, save_every=4)

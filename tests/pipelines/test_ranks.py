@@ -100,5 +100,5 @@ def test_a_lost_rank_is_started_again_and_the_result_is_the_same(uninterrupted: 
     assert all(torch.equal(resumed[name], value) for name, value in whole.items()), "weights, codebooks and moments"
     records = [json.loads(line) for line in (tmp_path / "killed" / METRICS_FILE).read_text().splitlines()]
     assert [record for record in records if "restart" in record] == [{"step": 4, "restart": 1}]
-    assert "started again from step 4 (restart 1; max_failures is 3)" in done.stderr
+    assert "killed: a worker failed: all were started again from step 4 (restart 1; max_failures is 3)" in done.stderr
     assert not (uninterrupted / NOTES_FILE).exists()
