@@ -181,19 +181,24 @@ def _ray_rank(config: dict[str, Any]) -> None:
     import ray.train.torch
 
     job, folder = config["job"], config["folder"]
-    if any(folder.glob(STOPPED_FILES)):
-        return  # started again after a failure that would come again: the driver tells it
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // ray.train.get_context().get_local_world_size()))
     context = RankContext(ray.train.torch.get_device(), ray.train.report)
     if context.rank == 0:
         with (folder / ATTEMPTS_FILE).open("ab") as file:
             context.restart = file.tell()
             file.write(b".")
+    _unless_stopped(folder, context.rank, lambda: _run_rank(job, context, folder, config["tensorboard"]))
+
+
+def _unless_stopped(folder: Path, rank: int, run: Callable[[], None]) -> None:
+    """Runs a rank; writes down a failure that would come again, and does nothing when it is started again after one."""
+    if any(folder.glob(STOPPED_FILES)):
+        return  # the driver tells it
     try:
-        _run_rank(job, context, folder, config["tensorboard"])
+        run()
     except (RunFailed, CodesError) as error:
         kind = next(name for name, kind in FAILURES.items() if isinstance(error, kind))
-        path = folder / STOPPED_FILES.replace("*", f"{context.rank:05d}")
+        path = folder / STOPPED_FILES.replace("*", f"{rank:05d}")
         write_whole(path, json.dumps({"kind": kind, "message": str(error)}).encode())
         if isinstance(error, CodesError):
             raise  # the other ranks still wait for this one; Ray ends them
