@@ -13,11 +13,19 @@ from torch import Tensor, nn
 
 
 class Context(Protocol):
-    """What `fit` asks of its surroundings."""
+    """What `fit` asks of its surroundings.
+
+    Attributes:
+        rank: this process's number, from 0.
+        world_size: how many ranks there are.
+        device: where to compute.
+        restart: how often all ranks were started again because one was lost.
+    """
 
     rank: int
     world_size: int
     device: torch.device
+    restart: int
 
     def wrap(self, step: nn.Module) -> nn.Module:
         """The module whose backward pass averages gradients over ranks."""
@@ -47,6 +55,7 @@ class LocalContext:
     device: torch.device
     rank: int = field(default=0, init=False)
     world_size: int = field(default=1, init=False)
+    restart: int = field(default=0, init=False)
 
     def wrap(self, step: nn.Module) -> nn.Module:
         """The module itself."""
@@ -74,6 +83,7 @@ class RankContext:
 
     device: torch.device
     reporter: Any  # ray.train.report
+    restart: int = 0
     rank: int = field(init=False)
     world_size: int = field(init=False)
 

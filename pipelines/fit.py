@@ -7,9 +7,7 @@ repeats an uninterrupted one.
 
 from __future__ import annotations
 
-import json
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,15 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.context import Context
-from pipelines.errors import RunFailed
-from vqmill.checkpoint import load_checkpoint, save_checkpoint
+from pipelines.nonfinite import BadStep, report_bad_step
+from pipelines.training_log import TrainingLog
+from pipelines.training_state import TrainingState, to_device
 from vqmill.errors import UsageError
-from vqmill.files import write_whole
+from vqmill.step import StepOutput
 
-RESUME_FILE = "resume.safetensors"
-BEST_FILE = "best.safetensors"
-METRICS_FILE = "metrics.jsonl"
 LOG_EVERY_STEPS = 10
+EARLY_SHARE = 10  # the first evaluation comes after this part of `validate_every`
 
 Batch = dict[str, Tensor]
 
@@ -63,9 +60,10 @@ class FitConfig:
         weight_ema: decay of a running average of the weights that is evaluated and kept; 0 for none.
         accumulate: micro-batches of a step.
         precision: `fp32`, or `bf16` autocast.
-        validate_every: steps between evaluations.
+        validate_every: steps between evaluations; the first comes after a tenth of them (counted from the start of the codebooks).
         save_every: steps between resume points.
         keep_best: end with the weights of the best evaluation, not the last.
+        max_failures: how often Ray Train starts all workers again, from the last resume point, after one was lost; 0 for never.
         seed: of everything random.
     """
 
@@ -81,6 +79,7 @@ class FitConfig:
     validate_every: int = 500
     save_every: int = 100
     keep_best: bool = False
+    max_failures: int = 3
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -91,7 +90,7 @@ class FitConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise UsageError(f"--{name.replace('_', '-')} must be a positive number, got {value}.")
-        for name in ("warmup_steps", "weight_decay", "seed"):
+        for name in ("warmup_steps", "weight_decay", "max_failures", "seed"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise UsageError(f"--{name.replace('_', '-')} must not be negative, got {value}.")
@@ -126,7 +125,7 @@ class FitConfig:
 
 def fit(
     step: nn.Module, stream: Stream, validation: Callable[[], Iterable[Batch]], config: FitConfig, context: Context, folder: Path,
-    on_step: Callable[[int, float], None] | None = None,
+    on_step: Callable[[int, float], None] | None = None, *, codebooks_begin: int = 0, tensorboard: Path | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Trains a step and leaves its final weights in it.
 
@@ -136,46 +135,82 @@ def fit(
         validation: gives held-out batches, read on rank 0.
         config: how to optimise.
         context: rank, device and what ranks tell each other.
-        folder: for `metrics.jsonl` and the resume point; shared by all ranks.
+        folder: for `metrics.jsonl`, the notes, the resume point and the best weights; shared by all ranks.
         on_step: called on every rank after each step with (steps done, loss).
+        codebooks_begin: steps before the codebooks are there; no evaluation until then can be the best.
+        tensorboard: a folder for TensorBoard's event files; None writes none.
 
     Returns:
         The final evaluation.
 
     Raises:
-        RunFailed: the loss became NaN or infinite; the last resume point is kept.
+        RunFailed: the loss or the gradient became NaN or infinite, on all ranks alike; the last resume point is kept, and
+            `pipelines.nonfinite` has written down what the batch was.
     """
-    state = _State(step, stream, config, context, folder)
+    log = TrainingLog(folder, context.rank, config.batch_size, tensorboard)
+    state = TrainingState(step, stream, config, context, folder, log, codebooks_begin)
     state.resume()
     module = context.wrap(step)
     batches = iter(stream)
     final: dict[str, float] = {}
+    early = min(codebooks_begin + max(1, config.validate_every // EARLY_SHARE), config.steps)
     while state.done < config.steps:
         loss, metrics = _train_one(state, module, batches)
         if on_step:
             on_step(state.done, loss)
         last = state.done == config.steps
         if state.done % LOG_EVERY_STEPS == 0 or last:
-            state.log({"step": state.done, **metrics, "learning_rate": config.rate(state.done - 1)})
-        if state.done % config.validate_every == 0 or last:
-            final = state.validate(validation)
+            log.training({"step": state.done, **metrics, "learning_rate": config.rate(state.done - 1)})
+        if state.done % config.validate_every == 0 or state.done == early or last:
+            final = state.validate(validation, warn=state.done == early > codebooks_begin)
         if state.done % config.save_every == 0 or last:
             state.save()
             context.report({"step": state.done, "loss": loss, **final})
-    return state.conclude(validation, final)
+    final = state.conclude(validation, final)
+    log.close()
+    return final
 
 
-def _train_one(state: _State, module: nn.Module, batches: Iterator[Batch]) -> tuple[float, dict[str, float]]:
-    """One optimizer step."""
+def _train_one(state: TrainingState, module: nn.Module, batches: Iterator[Batch]) -> tuple[float, dict[str, float]]:
+    """One optimizer step: the loss over all ranks, and this rank's metrics."""
     config, context, step = state.config, state.context, state.step
     step.train()
-    torch.manual_seed(_seed(config.seed, state.done, 1 + context.rank))
+    seed = _seed(config.seed, state.done, 1 + context.rank)
     rate = config.rate(state.done)
     for group in state.optimizer.param_groups:
         group["lr"] = rate
+    place = state.stream.state_dict()
+    seen = [_on_device(next(batches), context.device) for _ in range(config.accumulate)]
+    outputs = _backward(seen, seed, module, config, context)
+    losses = context.sum({"loss": torch.stack([output.loss.detach() for output in outputs]).mean()})
+    loss = float(losses["loss"]) / context.world_size
+    norm = float(nn.utils.clip_grad_norm_(state.trained, config.clip_norm))
+    if not (math.isfinite(loss) and math.isfinite(norm)):  # equal on all ranks: all of them stop here
+        report_bad_step(
+            BadStep(state.done + 1, rate, loss, norm, seed, place, seen), step, config.precision, context, state.folder
+        )
+    state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    sums = context.sum({name: sum_of(output.sums[name] for output in outputs) for name in outputs[0].sums})
+    pools = context.gather({name: torch.cat([output.pools[name] for output in outputs]) for name in outputs[0].pools})
+    generator = torch.Generator().manual_seed(_seed(config.seed, state.done, 0))
+    replaced = step.update(sums, pools, generator)  # pyright: ignore[reportCallIssue]
+    state.done += 1
+    state.forget(replaced)
+    state.average()
+    metrics = {
+        name: float(torch.stack([output.metrics[name] for output in outputs]).mean()) for name in outputs[0].metrics
+    }
+    return loss, {**metrics, "loss": loss, "gradient_norm": norm}
+
+
+def _backward(
+    batches: list[Batch], seed: int, module: nn.Module, config: FitConfig, context: Context
+) -> list[StepOutput]:
+    """Adds up the gradients of the micro-batches; ranks exchange them in the last."""
+    torch.manual_seed(seed)
     outputs = []
-    for micro in range(config.accumulate):
-        batch = {name: _to_device(values, context.device) for name, values in next(batches).items()}
+    for micro, batch in enumerate(batches):
         last = micro == config.accumulate - 1
         quiet = (
             nullcontext() if last or not isinstance(module, nn.parallel.DistributedDataParallel) else module.no_sync()
@@ -185,130 +220,7 @@ def _train_one(state: _State, module: nn.Module, batches: Iterator[Batch]) -> tu
                 output = module(batch)
             (output.loss / config.accumulate).backward()
         outputs.append(output)
-    losses = context.sum({"loss": torch.stack([output.loss.detach() for output in outputs]).mean()})
-    loss = float(losses["loss"]) / context.world_size
-    if not math.isfinite(loss):
-        raise RunFailed(
-            f"the loss is {loss} at step {state.done + 1} (learning rate {rate:.3g}). The last resume point is kept in {state.folder}. "
-            "Use a smaller --learning-rate, or --precision fp32, with another --out."
-        )
-    nn.utils.clip_grad_norm_(state.trained, config.clip_norm)
-    state.optimizer.step()
-    state.optimizer.zero_grad(set_to_none=True)
-    sums = context.sum({name: sum_of(output.sums[name] for output in outputs) for name in outputs[0].sums})
-    pools = context.gather({name: torch.cat([output.pools[name] for output in outputs]) for name in outputs[0].pools})
-    step.update(sums, pools, torch.Generator().manual_seed(_seed(config.seed, state.done, 0)))  # pyright: ignore[reportCallIssue]
-    state.done += 1
-    state.average()
-    metrics = {
-        name: float(torch.stack([output.metrics[name] for output in outputs]).mean()) for name in outputs[0].metrics
-    }
-    return loss, {**metrics, "loss": loss}
-
-
-class _State:
-    """What a run carries from step to step, and how it is saved."""
-
-    def __init__(self, step: nn.Module, stream: Stream, config: FitConfig, context: Context, folder: Path) -> None:
-        self.step, self.stream, self.config, self.context, self.folder = step, stream, config, context, folder
-        self.trained = [parameter for parameter in step.parameters() if parameter.requires_grad]
-        groups = [
-            {"params": [p for p in self.trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for p in self.trained if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
-        self.done = 0
-        self.best = math.inf
-        self.ema = [parameter.detach().clone() for parameter in self.trained] if config.weight_ema else []
-        self._clock = time.monotonic()
-        self._clock_step = 0
-
-    def average(self) -> None:
-        """Moves the running average; it follows closely in the beginning, when the weights still run away."""
-        if self.ema:
-            decay = min(self.config.weight_ema, self.done / (self.done + 10))
-            for average, parameter in zip(self.ema, self.trained, strict=True):
-                average.lerp_(parameter.detach(), 1 - decay)
-
-    def swap(self) -> None:
-        """Exchanges the weights with their average."""
-        for parameter, average in zip(self.trained, self.ema, strict=bool(self.ema)):
-            kept = parameter.detach().clone()
-            parameter.data.copy_(average)
-            average.copy_(kept)
-
-    def validate(self, validation: Callable[[], Iterable[Batch]]) -> dict[str, float]:
-        """Evaluates on rank 0; keeps the best weights when asked to."""
-        if self.context.rank:
-            return {}
-        self.swap()
-        found = self._evaluate(validation)
-        if self.config.keep_best and found["loss"] < self.best:
-            self.best = found["loss"]
-            save_checkpoint(self.folder / BEST_FILE, self.step.state_dict(), {"step": self.done})
-        self.swap()
-        self.log({"step": self.done, **{f"validation/{name}": value for name, value in found.items()}})
-        return found
-
-    def conclude(self, validation: Callable[[], Iterable[Batch]], final: dict[str, float]) -> dict[str, float]:
-        """Leaves the final weights in the step: the best ones, the average, or the last."""
-        best = self.folder / BEST_FILE
-        if self.config.keep_best and best.exists():
-            self.step.load_state_dict(load_checkpoint(best)[0])
-            return self._evaluate(validation) if self.context.rank == 0 else {}
-        self.swap()
-        if not final and self.context.rank == 0:  # resumed after its last step
-            final = self._evaluate(validation)
-        return final
-
-    def _evaluate(self, validation: Callable[[], Iterable[Batch]]) -> dict[str, float]:
-        return self.step.evaluate(_on_device(validation(), self.context.device))  # pyright: ignore[reportCallIssue]
-
-    def log(self, record: Mapping[str, Any]) -> None:
-        """Appends a line to metrics.jsonl, on rank 0."""
-        if self.context.rank:
-            return
-        if "learning_rate" in record:
-            now = time.monotonic()
-            speed = (self.done - self._clock_step) * self.config.batch_size / max(now - self._clock, 1e-9)
-            record = {**record, "samples_per_second": speed}
-            self._clock, self._clock_step = now, self.done
-        with (self.folder / METRICS_FILE).open("a") as file:
-            file.write(json.dumps(record) + "\n")
-
-    def save(self) -> None:
-        """Writes the resume point, on rank 0, with the place of every rank's stream."""
-        streams = self.context.collect(self.stream.state_dict())
-        if self.context.rank:
-            return
-        tensors = {f"step.{name}": value for name, value in self.step.state_dict().items()}
-        tensors |= {f"ema.{index}": value for index, value in enumerate(self.ema)}
-        for index, values in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in values.items()}
-        best = self.best if math.isfinite(self.best) else None
-        save_checkpoint(self.folder / RESUME_FILE, tensors, {"done": self.done, "best": best, "streams": streams})
-
-    def resume(self) -> None:
-        """Goes on from the resume point, if there is one."""
-        path = self.folder / RESUME_FILE
-        if path.exists():
-            tensors, metadata = load_checkpoint(path)
-            self.step.load_state_dict({name[5:]: value for name, value in tensors.items() if name.startswith("step.")})
-            optimizer = self.optimizer.state_dict()
-            for name, value in tensors.items():
-                if name.startswith("optimizer."):
-                    _, index, entry = name.split(".")
-                    optimizer["state"].setdefault(int(index), {})[entry] = value
-            self.optimizer.load_state_dict(optimizer)
-            for index, average in enumerate(self.ema):
-                average.copy_(tensors[f"ema.{index}"])
-            self.done = self._clock_step = int(metadata["done"])
-            self.best = math.inf if metadata["best"] is None else float(metadata["best"])
-            streams = metadata["streams"]  # ranks stand apart after samples that could not be read
-            mine = self.context.rank if len(streams) == self.context.world_size else 0
-            self.stream.load_state_dict(streams[mine])
-        if self.context.rank == 0:
-            _forget_after(self.folder / METRICS_FILE, self.done)
+    return outputs
 
 
 def sum_of(values: Iterable[Tensor]) -> Tensor:
@@ -318,14 +230,6 @@ def sum_of(values: Iterable[Tensor]) -> Tensor:
     tensor(3)
     """
     return torch.stack(list(values)).sum(dim=0)
-
-
-def _forget_after(path: Path, step: int) -> None:
-    """Drops the log lines of steps that will be done again."""
-    if path.exists():
-        whole = path.read_text().rpartition("\n")[0]  # a kill may have cut the last line
-        lines = [line for line in whole.splitlines() if json.loads(line)["step"] <= step]
-        write_whole(path, "".join(line + "\n" for line in lines).encode())
 
 
 def _seed(seed: int, step: int, stream: int) -> int:
@@ -339,12 +243,5 @@ def _seed(seed: int, step: int, stream: int) -> int:
     return mixed >> 1
 
 
-def _to_device(values: Tensor, device: torch.device) -> Tensor:
-    if device.type == "cuda":
-        return values.pin_memory().to(device, non_blocking=True)
-    return values.to(device)
-
-
-def _on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
-    for batch in batches:
-        yield {name: _to_device(values, device) for name, values in batch.items()}
+def _on_device(batch: Batch, device: torch.device) -> Batch:
+    return {name: to_device(values, device) for name, values in batch.items()}

@@ -8,8 +8,10 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
+from pipelines.training_log import require_tensorboard
 from vqmill.errors import UsageError
 
+TENSORBOARD_FOLDER = "tensorboard"
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["fp32", "bf16"]
 Codec = Literal["auto", "blosc-zstd", "blosc-lz4", "zstd"]
@@ -43,6 +45,17 @@ class FitFlags:
     """1 trains in this process; more train data-parallel on Ray, one device each."""
     device: Device = "auto"
     """auto takes the GPU if there is one."""
+    tensorboard: Annotated[bool, Parameter(negative="")] = False
+    """Also write TensorBoard's event files, into OUT/tensorboard; needs the extra `tensorboard`."""
+
+    def check(self) -> None:
+        """Refuses what cannot be done as asked, before the training starts.
+
+        Raises:
+            UsageError: --tensorboard without the package.
+        """
+        if self.tensorboard:
+            require_tensorboard()
 
     def fit(self) -> dict[str, object]:
         """The flags that are fields of FitConfig."""

@@ -47,6 +47,10 @@ class Meter:
             soft_wrap=True,
         )
 
+    def say(self, text: str) -> None:
+        """Prints a line above the display, after the title."""
+        self._console.print(f"{self._title}: {text}", highlight=False, markup=False, emoji=False, soft_wrap=True)
+
 
 @contextmanager
 def meter(title: str, unit: str) -> Iterator[Meter]:

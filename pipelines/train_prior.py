@@ -16,12 +16,13 @@ import torch
 import priors
 from pipelines.cluster import ray_cluster
 from pipelines.corpus.holdout import hash_of_key
-from pipelines.fit import METRICS_FILE, Batch, FitConfig, Stream
-from pipelines.options import FitFlags, choose_device
+from pipelines.fit import Batch, FitConfig, Stream
+from pipelines.options import TENSORBOARD_FOLDER, FitFlags, choose_device
 from pipelines.outputs import RUN_FILE, OutputFolder, require_room, run_record
 from pipelines.recipes import PRIOR_RECIPES, fit_config, read_tables
 from pipelines.results import Result
 from pipelines.train import Task, run_job
+from pipelines.training_log import METRICS_FILE
 from vqmill import Codes, open_codes
 from vqmill.commits import Counts
 from vqmill.errors import CodesError, UsageError
@@ -140,6 +141,7 @@ def train_prior(store: Path, out: Path, *, preset: str, config: Path | None, hol
         raise UsageError(str(error)) from error
     fit = fit_config(PRIOR_RECIPES[preset], tables["fit"], flags.fit())
     fit.rank_batch(flags.workers)
+    flags.check()
     device = choose_device(flags.device)
     settings = {
         "command": "train-prior",
@@ -157,7 +159,7 @@ def train_prior(store: Path, out: Path, *, preset: str, config: Path | None, hol
             prior = priors.Prior(prior_config).eval()
             jobs = [PriorJob(store.absolute(), name, prior_config, fit, holdout) for name in codes.levels]
             with ray_cluster(flags.workers, device) if flags.workers > 1 else nullcontext():  # one Ray for all levels
-                report = {job.level: _train_level(job, prior, place, flags.workers, device) for job in jobs}
+                report = {job.level: _train_level(job, prior, place, flags, device) for job in jobs}
             priors.save(prior, place.folder)
             record = run_record(
                 store=str(store), settings=settings, workers=flags.workers, device=device, fingerprint=prior.fingerprint,
@@ -169,12 +171,15 @@ def train_prior(store: Path, out: Path, *, preset: str, config: Path | None, hol
 
 
 def _train_level(
-    job: PriorJob, prior: priors.Prior, place: OutputFolder, workers: int, device: str
+    job: PriorJob, prior: priors.Prior, place: OutputFolder, flags: FitFlags, device: str
 ) -> dict[str, float]:
     """Trains one level and puts its network into the prior; gives its evaluation with the baselines beside it."""
     work = place.work / job.level
     work.mkdir(exist_ok=True)
-    trained = run_job(job, work, workers=workers, device=device, title=f"training the prior: {job.level}")
+    trained = run_job(
+        job, work, workers=flags.workers, device=device, title=f"training the prior: {job.level}",
+        tensorboard=place.folder / TENSORBOARD_FOLDER / job.level if flags.tensorboard else None,
+    )  # fmt: skip
     priors.PriorStep(prior, job.level).load_state_dict(trained.tensors)
     write_whole(place.folder / f"metrics-{job.level}.jsonl", (work / METRICS_FILE).read_bytes())
     return trained.evaluation | _baselines(open_codes(job.store), job)

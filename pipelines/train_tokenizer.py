@@ -18,14 +18,15 @@ from pipelines.corpus.plan import Plan
 from pipelines.corpus.problems import Problem
 from pipelines.corpus.samples import list_samples
 from pipelines.corpus.stream import TrainingStream
-from pipelines.fit import METRICS_FILE, Batch, FitConfig, Stream
-from pipelines.options import FitFlags, choose_device
+from pipelines.fit import Batch, FitConfig, Stream
+from pipelines.options import TENSORBOARD_FOLDER, FitFlags, choose_device
 from pipelines.outputs import RUN_FILE, OutputFolder, refuse_inside, require_room, run_record
 from pipelines.pictures import Panel, code_panels, good_scale, save_picture, side_by_side
 from pipelines.planning import planned
 from pipelines.recipes import TOKENIZER_RECIPES, fit_config, read_tables
 from pipelines.results import Result
 from pipelines.train import Task, run_job
+from pipelines.training_log import METRICS_FILE
 from vqmill.commits import Counts
 from vqmill.errors import CodesError, UsageError
 from vqmill.files import canonical_json, write_whole
@@ -68,7 +69,7 @@ class TokenizerJob:
             holdout_fraction=self.holdout_fraction,
             num_threads=self.num_threads,
         )
-        return Task(step, stream, self.validation())
+        return Task(step, stream, self.validation(), self.config.start_step)
 
     def validation(
         self, limit: int = EVALUATION_LIMIT, problems: dict[str, Problem] | None = None
@@ -102,7 +103,10 @@ def train_tokenizer(
     require_room(out, _room(job))
     with OutputFolder(out, settings) as place:
         if not place.finished:
-            trained = run_job(job, place.work, workers=flags.workers, device=device, title="training the tokenizer")
+            trained = run_job(
+                job, place.work, workers=flags.workers, device=device, title="training the tokenizer",
+                tensorboard=place.folder / TENSORBOARD_FOLDER if flags.tensorboard else None,
+            )  # fmt: skip
             step = tokenizer.TokenizerStep(tokenizer.Tokenizer(job.config))
             step.load_state_dict(trained.tensors)
             model = step.tokenizer.eval()
@@ -133,13 +137,13 @@ def _plan_job(
         raise UsageError(f"--holdout must lie between 0 and 1, got {holdout}.")
     fit = fit_config(TOKENIZER_RECIPES[preset], tables["fit"], flags.fit())
     fit.rank_batch(flags.workers)
+    flags.check()
     if model_config.frames > 1:
         raise UsageError(
             f"--preset {preset} codes clips of {model_config.frames} frames, and training reads images only so far."
         )
-    if (
-        model_config.first_update and "start_step" not in overrides
-    ):  # a short run must not end before its codebooks have begun
+    # a short run must not end before its codebooks have begun
+    if model_config.first_update and "start_step" not in overrides:
         model_config = _checked_config(
             preset, overrides | {"start_step": max(1, min(model_config.start_step, fit.steps // 8))}
         )

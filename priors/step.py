@@ -41,8 +41,11 @@ class PriorStep(nn.Module):
         loss = level_nats(self.level_prior, batch).mean()
         return StepOutput(loss=loss, metrics={"bits_per_code": loss.detach() / math.log(2)})
 
-    def update(self, sums: Mapping[str, Tensor], pools: Mapping[str, Tensor], generator: torch.Generator) -> None:
+    def update(
+        self, sums: Mapping[str, Tensor], pools: Mapping[str, Tensor], generator: torch.Generator
+    ) -> dict[str, Tensor]:
         """Does nothing: a prior has no statistics beside its weights. Part of what the trainer expects of a step."""
+        return {}
 
     def evaluate(self, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
         """Mean over all codes of all batches, without dropout: `loss` in nats per code and `bits_per_code`.

@@ -1,4 +1,12 @@
-"""What one training step returns: the contract between models and the trainer."""
+"""What one training step returns: the contract between models and the trainer.
+
+A step is an nn.Module with three methods. `forward(batch) -> StepOutput` is pure. `update(sums, pools, generator) -> dict[str, Tensor]`
+is called after the optimizer, on all ranks alike, with what `forward` gave, reduced over micro-batches and ranks; it moves what
+gradients do not, and returns which rows of which trained parameters it has replaced (revived codes of a gradient codebook): by the
+parameter's name in the step's `named_parameters()`, bool [K] over its rows; `{}` for none. Of these rows the trainer clears the
+optimizer's moments (`exp_avg`, `exp_avg_sq`) and restarts the running average, which belong to entries that are gone.
+`evaluate(batches) -> dict[str, float]` measures a held-out set, `loss` among others, and moves nothing.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One rank of a two-rank training run; started by test_ranks.py as `rank_main.py FOLDER RANK`."""
+"""One rank of a two-rank training run; started by test_ranks.py as `rank_main.py FOLDER RANK CASE`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 import tokenizer
 from pipelines.context import RankContext
+from pipelines.errors import RunFailed
 from pipelines.fit import FitConfig, fit
 from pipelines.scenes import CLASSES, scene
 
@@ -36,21 +37,55 @@ class Pictures:
         self.place = state["place"]
 
 
-def main() -> None:
-    torch.set_num_threads(1)
-    meeting = Path(sys.argv[1]) / "meeting"  # a file: a port may be taken, and its owner may leave first
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=int(sys.argv[2]), world_size=2)
-    context = RankContext(torch.device("cpu"), lambda metrics: None)
-    torch.manual_seed(context.rank)  # the ranks begin apart; data-parallel training must bring them together
+class Poisoned(Pictures):
+    """From step 5 on, rank 1 meets a picture that is not a number."""
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            images = batch["images"].float() / 127.5 - 1
+            if self.place >= 5 and self.rank == 1:
+                images[3, 0, 0, 0] = float("nan")
+            yield {"images": images}
+
+
+def make_step() -> tokenizer.TokenizerStep:
+    """The same architecture for all cases."""
     model = tokenizer.from_preset(
         "rgb32", size=16, codebook_size=16, code_dim=8, hidden_dim=16, residual_dim=8, start_step=3
     )
-    step = tokenizer.TokenizerStep(model)
-    stream = Pictures(context.rank)
-    folder = Path(sys.argv[1])
-    config = FitConfig(steps=10, batch_size=16, learning_rate=1e-3, warmup_steps=1)
-    fit(step, stream, lambda: [{"images": stream.images}], config, context, folder)
-    (folder / f"fingerprint-{context.rank}").write_text(model.fingerprint)
+    return tokenizer.TokenizerStep(model).to(
+        memory_format=torch.channels_last
+    )  # as jobs do; other kernels round otherwise
+
+
+CONFIG = FitConfig(steps=10, batch_size=16, learning_rate=1e-3, warmup_steps=1, save_every=4)
+
+
+class Stopped(Exception):
+    """Stands for a kill of all ranks."""
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    folder, rank, case = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+    # The ranks meet in a file: a port may be taken, and its owner may leave first.
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
+    context = RankContext(torch.device("cpu"), lambda metrics: None)
+    torch.manual_seed(context.rank)  # the ranks begin apart; data-parallel training must bring them together
+    step = make_step()
+    stream = (Poisoned if case == "poison" else Pictures)(context.rank)
+
+    def on_step(done: int, loss: float) -> None:
+        if case == "stop" and done == 6:
+            raise Stopped
+
+    try:
+        fit(step, stream, lambda: [{"images": stream.images}], CONFIG, context, folder, on_step)
+    except RunFailed as error:
+        (folder / f"error-{rank}").write_text(str(error))
+    except Stopped:
+        pass
+    (folder / f"fingerprint-{rank}").write_text(step.tokenizer.fingerprint)
     dist.barrier()
     dist.destroy_process_group()
 

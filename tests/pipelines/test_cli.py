@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import pipelines.fit
 import tokenizer
 import vqmill
 from pipelines.cli import app
 from pipelines.options import FitFlags
+from pipelines.training_state import TrainingState
 from vqmill.layout import group_metadata, read_spec, smallest_codec
 from vqmill.verify import verify_store
 
@@ -215,7 +215,7 @@ def test_a_stopped_training_ends_as_an_uninterrupted_one(
 ) -> None:
     assert train(scenes, tmp_path / "whole", steps=20) == 0
     settings = tmp_path / "stopped.toml"
-    real = pipelines.fit._State.save
+    real = TrainingState.save
 
     def save_and_stop(state: Any) -> None:
         real(state)
@@ -223,7 +223,7 @@ def test_a_stopped_training_ends_as_an_uninterrupted_one(
             return
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipelines.fit._State, "save", save_and_stop)
+    monkeypatch.setattr(TrainingState, "save", save_and_stop)
 
     def train_stopped() -> int:
         settings.write_text(TINY + "[fit]\nsave_every = 8\n")
@@ -246,6 +246,16 @@ def test_a_stopped_training_ends_as_an_uninterrupted_one(
     assert train_stopped() == 0
     found = [tokenizer.load(tmp_path / name).fingerprint for name in ("whole", "stopped")]
     assert found[0] == found[1]
+
+
+def test_tensorboard_events_lie_beside_the_metrics(
+    scenes: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert train(scenes, tmp_path / "tok", "--tensorboard", steps=3) == 0
+    assert len(list((tmp_path / "tok" / "tensorboard").iterdir())) == 1
+    monkeypatch.setattr("pipelines.training_log.find_spec", lambda name: None)
+    assert train(scenes, tmp_path / "other", "--tensorboard", steps=3) == 2
+    assert not list(tmp_path.glob("other*[!l]")), "nothing was begun"
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.*")  # Ray Train warns of itself

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.context import LocalContext
-from pipelines.errors import RunFailed
-from pipelines.fit import METRICS_FILE, FitConfig, fit
+from pipelines.fit import FitConfig, fit
+from pipelines.training_log import METRICS_FILE, NOTES_FILE
+from pipelines.training_state import BEST_FILE, collapsed
+from vqmill.checkpoint import load_checkpoint
 from vqmill.errors import UsageError
 from vqmill.step import StepOutput
 
@@ -38,10 +40,13 @@ class LinearStep(nn.Module):
         loss = (self.linear(self.dropout(x)) - x @ TRUTH.T).square().mean()
         return StepOutput(loss, {"half": loss.detach() / 2}, {"count": torch.tensor(float(len(x)))}, {"x": x})
 
-    def update(self, sums: Mapping[str, Tensor], pools: Mapping[str, Tensor], generator: torch.Generator) -> None:
+    def update(
+        self, sums: Mapping[str, Tensor], pools: Mapping[str, Tensor], generator: torch.Generator
+    ) -> dict[str, Tensor]:
         assert len(pools["x"]) == int(sums["count"])
         self.seen += sums["count"]
         self.drawn += torch.rand((), generator=generator)
+        return {}
 
     @torch.no_grad()
     def evaluate(self, batches: Any) -> dict[str, float]:
@@ -103,16 +108,18 @@ def test_it_learns_and_reports(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("weight_ema", [0.0, 0.9])
 @pytest.mark.parametrize("keep_best", [False, True])
+@pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("kill_at", [1, 4, 7, 11])
 def test_a_killed_run_ends_as_an_uninterrupted_one(
-    tmp_path: Path, kill_at: int, weight_ema: float, keep_best: bool
+    tmp_path: Path, kill_at: int, accumulate: int, weight_ema: float, keep_best: bool
 ) -> None:
-    config = replace(CONFIG, weight_ema=weight_ema, keep_best=keep_best)
-    whole, final = run(tmp_path / "whole", config)
+    config = replace(CONFIG, weight_ema=weight_ema, keep_best=keep_best, accumulate=accumulate)
+    whole, final = run(tmp_path / "whole", config, size=8 // accumulate)
     with pytest.raises(Killed):
-        run(tmp_path / "killed", config, kill_at=kill_at)
-    again, final_again = run(tmp_path / "killed", config)
+        run(tmp_path / "killed", config, kill_at=kill_at, size=8 // accumulate)
+    again, final_again = run(tmp_path / "killed", config, size=8 // accumulate)
     assert final == final_again
+    assert (tmp_path / "whole" / BEST_FILE).read_bytes() == (tmp_path / "killed" / BEST_FILE).read_bytes()
     for name, value in whole.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
 
@@ -143,17 +150,6 @@ def test_micro_batches_add_up(tmp_path: Path) -> None:
     assert int(whole.seen) == int(halves.seen) == 96
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
-    class Poisoned(Numbers):
-        def __iter__(self) -> Iterator[dict[str, Tensor]]:
-            for place, batch in enumerate(super().__iter__()):
-                yield {"x": batch["x"] * float("nan")} if place == 6 else batch
-
-    with pytest.raises(RunFailed, match="step 7"):
-        fit(LinearStep(), Poisoned(), validation, CONFIG, LocalContext(torch.device("cpu")), tmp_path)
-    assert (tmp_path / "resume.safetensors").exists()
-
-
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -173,15 +169,147 @@ def test_every_option_has_an_effect(tmp_path: Path, name: str, value: Any) -> No
     assert not torch.equal(plain.linear.weight, other.linear.weight)
 
 
-def test_keep_best_ends_with_the_best_evaluation(tmp_path: Path) -> None:
-    config = replace(CONFIG, steps=30, learning_rate=2.0, validate_every=1, warmup_steps=0, keep_best=True)
-    _, final = run(tmp_path, config)
-    losses = [
-        json.loads(line)["validation/loss"]
-        for line in (tmp_path / METRICS_FILE).read_text().splitlines()
-        if "validation" in line
-    ]
-    assert final["loss"] == min(losses) < losses[-1]
+WILD = replace(CONFIG, steps=30, learning_rate=2.0, validate_every=1, warmup_steps=0)
+
+
+def evaluations(folder: Path) -> dict[int, float]:
+    """Loss by step."""
+    records = [json.loads(line) for line in (folder / METRICS_FILE).read_text().splitlines()]
+    return {record["step"]: record["validation/loss"] for record in records if "validation/loss" in record}
+
+
+@pytest.mark.parametrize("keep_best", [False, True])
+@pytest.mark.parametrize("weight_ema", [0.0, 0.5])
+def test_the_best_weights_are_kept_and_told_of(tmp_path: Path, keep_best: bool, weight_ema: float) -> None:
+    step, final = run(tmp_path, replace(WILD, keep_best=keep_best, weight_ema=weight_ema))
+    losses = evaluations(tmp_path)
+    best = min(losses, key=losses.__getitem__)
+    assert best < 30, "the case is one in which the best is not the last"
+    assert final["loss"] == losses[best if keep_best else 30]
+    tensors, metadata = load_checkpoint(tmp_path / BEST_FILE)
+    assert metadata == {"step": best, "loss": losses[best]}
+    assert all(torch.equal(value, step.state_dict()[name]) for name, value in tensors.items()) == keep_best
+    step.load_state_dict(tensors)
+    assert step.evaluate(validation())["loss"] == losses[best], "the weights that were evaluated: the averaged ones"
+    said = (tmp_path / NOTES_FILE).read_text()
+    assert f"at step {best}: loss {losses[best]:.4g}" in said
+    assert ("the best is kept" in said, "the last is kept" in said) == (keep_best, not keep_best)
+
+
+def test_nothing_before_the_codebooks_begin_is_the_best(tmp_path: Path) -> None:
+    fit(LinearStep(), Numbers(), validation, WILD, LocalContext(torch.device("cpu")), tmp_path, codebooks_begin=20)
+    losses = evaluations(tmp_path)
+    assert load_checkpoint(tmp_path / BEST_FILE)[1]["step"] == min(range(21, 31), key=losses.__getitem__)
+    assert min(losses, key=losses.__getitem__) <= 20
+
+
+@pytest.mark.parametrize(
+    ("begin", "every", "steps", "expected"),
+    [(0, 500, 60, [50, 60]), (30, 200, 60, [50, 60]), (0, 5, 12, [1, 5, 10, 12]), (100, 500, 60, [60])],
+    ids=["a tenth", "after the codebooks", "short", "too short"],
+)
+def test_the_first_evaluation_comes_early(
+    tmp_path: Path, begin: int, every: int, steps: int, expected: list[int]
+) -> None:
+    config = replace(CONFIG, steps=steps, validate_every=every)
+    fit(LinearStep(), Numbers(), validation, config, LocalContext(torch.device("cpu")), tmp_path, codebooks_begin=begin)
+    assert list(evaluations(tmp_path)) == expected
+
+
+@pytest.mark.parametrize(("perplexity", "warned"), [(25.5, True), (25.7, False)], ids=["lost", "in use"])
+def test_a_collapsed_codebook_is_told_once_and_early(tmp_path: Path, perplexity: float, warned: bool) -> None:
+    class Quantized(LinearStep):
+        def evaluate(self, batches: Any) -> dict[str, float]:
+            return {"loss": 1.0, "top/perplexity": perplexity, "top/codebook_size": 512.0}
+
+    fit(Quantized(), Numbers(), validation, CONFIG, LocalContext(torch.device("cpu")), tmp_path)
+    records = [json.loads(line) for line in (tmp_path / METRICS_FILE).read_text().splitlines()]
+    found = [record for record in records if "warning" in record]
+    assert [record["step"] for record in found] == [1] * warned
+    notes = tmp_path / NOTES_FILE
+    assert (notes.exists() and "level top: the codebook has collapsed" in notes.read_text()) == warned
+
+
+def test_each_stage_of_a_level_can_collapse() -> None:
+    found = collapsed(
+        {f"top/{stage}/perplexity": stage + 0.1 for stage in range(3)}
+        | {f"top/{stage}/codebook_size": 20.0 for stage in range(3)}
+    )
+    assert [text.partition(":")[0] for text in found] == ["level top/0"]
+
+
+def test_replaced_rows_are_forgotten(tmp_path: Path) -> None:
+    class Revived(LinearStep):
+        """A codebook whose row 1 is replaced after the third step."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.codebook = nn.Parameter(torch.ones(3, 2))
+            self.idle = nn.Parameter(torch.ones(2, 2))  # never has a gradient
+            self.updates = 0
+
+        def forward(self, batch: Mapping[str, Tensor]) -> StepOutput:
+            output = super().forward(batch)
+            output.loss = output.loss + self.codebook.square().sum()
+            return output
+
+        @torch.no_grad()
+        def update(self, *args: Any) -> dict[str, Tensor]:
+            super().update(*args)
+            self.updates += 1
+            if self.updates < 3:
+                return {}
+            self.codebook[1] = 7.0
+            return {"codebook": torch.tensor([False, True, False]), "idle": torch.tensor([True, False])}
+
+    config = replace(CONFIG, steps=3, weight_ema=0.9)
+    step = Revived()
+    fit(step, Numbers(), validation, config, LocalContext(torch.device("cpu")), tmp_path)
+    saved = load_checkpoint(tmp_path / "resume.safetensors")[0]
+    codebook = {"exp_avg", "exp_avg_sq"}
+    moments = {
+        name.rpartition(".")[2]: value
+        for name, value in saved.items()
+        if value.shape == (3, 2) and name.rpartition(".")[2] in codebook
+    }
+    assert moments.keys() == codebook
+    for values in moments.values():
+        assert torch.equal(values != 0, torch.tensor([[True] * 2, [False] * 2, [True] * 2]))
+    assert torch.equal(step.codebook[1], torch.full((2,), 7.0)), "the average starts again where the new entry is"
+    assert not torch.equal(step.codebook[0], saved["step.codebook"][0]), "and goes on elsewhere"
+
+
+@pytest.mark.parametrize("from_the_start", [True, False])
+def test_tensorboard_has_the_same_points_once(tmp_path: Path, from_the_start: bool) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def train(kill_at: int | None, *, tensorboard: bool) -> None:
+        def on_step(done: int, loss: float) -> None:
+            if done == kill_at:
+                raise Killed
+
+        config = replace(CONFIG, steps=30)
+        context = LocalContext(torch.device("cpu"))
+        fit(
+            LinearStep(),
+            Numbers(),
+            validation,
+            config,
+            context,
+            tmp_path,
+            on_step,
+            tensorboard=tmp_path / "events" if tensorboard else None,
+        )
+
+    with pytest.raises(Killed):
+        train(kill_at=27, tensorboard=from_the_start)
+    train(kill_at=None, tensorboard=True)
+    records = [json.loads(line) for line in (tmp_path / METRICS_FILE).read_text().splitlines()]
+    events = EventAccumulator(str(tmp_path / "events")).Reload()
+    for name in ("loss", "learning_rate", "validation/loss"):
+        points = [(event.step, event.value) for event in events.Scalars(name)]
+        assert points == [(record["step"], pytest.approx(record[name])) for record in records if name in record]
+        assert points
 
 
 @pytest.mark.parametrize(
@@ -192,6 +320,7 @@ def test_keep_best_ends_with_the_best_evaluation(tmp_path: Path) -> None:
         ("accumulate", 0),
         ("validate_every", 0),
         ("save_every", 0),
+        ("max_failures", -1),
         ("learning_rate", 0.0),
         ("weight_ema", 1.0),
         ("precision", "fp8"),
