@@ -13,9 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK_SCORES = 1 << 21  # scores held at a time: 8 MiB of float32, which stays in the cache that cores share
-BLOCK_ROWS = 1024  # at most, so that a call with few vectors, which is padded to a block, stays cheap
+BLOCK_ROWS = 2048  # at most, so that a call with few vectors, which is padded to a block, stays cheap
 BLOCK_SCORES_DEVICE = 1 << 26  # on an accelerator, large enough to fill it
-INTERLEAVED_NUMBERS = 1 << 20  # of a codebook that may be copied in another order: 4 MiB
+INTERLEAVED_NUMBERS = (
+    1 << 17
+)  # of a codebook that is copied in another order: 512 KiB. With more, strided reductions lose
 MIN_GROUPS = 32  # two vector registers of 16 scores; with fewer, torch reduces one number at a time
 
 _log = logging.getLogger(__name__)
@@ -55,7 +57,7 @@ def _nearest_on_cpu(z: Tensor, codebook: Tensor) -> Tensor:
     """Finds the best group of entries first, by a reduction that uses vector registers, and then the best entry in that group alone.
 
     A group is `members` consecutive codes, so the first best member of the first best group is the lowest index. Columns of scores
-    are in the order (member, group), which torch reduces fastest, where a copy of the codebook in that order costs little; else in
+    are in the order (member, group), which torch reduces fastest, where groups are few and the copy of the codebook is small; else in
     the order of codes. A last group that is not full repeats the last entry, whose copies lose ties to it.
     """
     last = len(codebook) - 1
@@ -78,13 +80,13 @@ def _nearest_on_cpu(z: Tensor, codebook: Tensor) -> Tensor:
         group = scores.view(rows, *shape).amax(dim=dim).argmax(dim=1)  # argmax gives the first of equal maxima
         member = scores.gather(1, group[:, None] * group_step + places).argmax(dim=1)
         found.copy_(group.mul_(members).add_(member)[: len(block)].clamp_(max=last))
-        del scores  # before the next are made
+        del scores, group, member  # before the next are made, so that they take the same memory
     return codes
 
 
 def _half_norms(codebook: Tensor) -> Tensor:
-    """-|c|^2 / 2 of each entry, float32 [K]."""
-    return codebook.square().sum(dim=1).mul_(-0.5)
+    """-|c|^2 / 2 of each entry, float32 [K]; in parts, because the squares of a large codebook would be another one."""
+    return torch.cat([part.square().sum(dim=1).mul_(-0.5) for part in codebook.split(1024)])
 
 
 @cache
@@ -97,9 +99,12 @@ def _products() -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     def by_onednn(x: Tensor, codebook: Tensor, bias: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, codebook, bias, "none", [], "")
 
-    whole = torch.arange(64.0).view(16, 4)  # whole numbers, so that every order of summing gives the same
+    whole, bias = (
+        torch.arange(64.0).view(16, 4),
+        torch.arange(16.0),
+    )  # whole numbers: all orders of summing give the same
     try:
-        if torch.equal(by_onednn(whole, whole, whole[:, 0]), F.linear(whole, whole, whole[:, 0])):
+        if torch.equal(by_onednn(whole, whole, bias), F.linear(whole, whole, bias)):
             return by_onednn
         reason = "its results differ"
     except (AttributeError, RuntimeError, TypeError) as error:  # no such operation, no oneDNN, or other arguments

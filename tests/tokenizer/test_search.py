@@ -145,6 +145,12 @@ def test_products_are_exact_and_the_callers_setting_stays(monkeypatch, reduced):
     assert MATMUL.fp32_precision == "bf16"
 
 
+@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch has no such operation")
+def test_onednn_is_used_where_it_is():
+    search._products.cache_clear()
+    assert search._products() is not F.linear
+
+
 @pytest.mark.parametrize("fault", [RuntimeError("no such operation"), None], ids=["missing", "inexact"])
 def test_a_product_that_fails_or_differs_is_not_used_and_that_is_said(monkeypatch, caplog, fault):
     class Operations:
