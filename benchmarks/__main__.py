@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import zarr
 
-from benchmarks import corpus, entropy, loading, models, reading, scale, shuffling
+from benchmarks import corpus, entropy, loading, models, reading, scale, shuffling, training
 from benchmarks.measure import Line
 from vqmill import native
 
@@ -32,6 +32,7 @@ SECTIONS: dict[str, Section] = {
     "entropy": entropy.bits,
     "search": models.search,
     "quantizer": models.quantizer,
+    "training": training.training,
     "tars": corpus.tars,
     "encoding": corpus.encoding,
 }
