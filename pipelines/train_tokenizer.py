@@ -69,7 +69,7 @@ class TokenizerJob:
             holdout_fraction=self.holdout_fraction,
             num_threads=self.num_threads,
         )
-        return Task(step, stream, self.validation(), self.config.start_step)
+        return Task(step, stream, self.validation(), self.config.first_update)
 
     def validation(
         self, limit: int = EVALUATION_LIMIT, problems: dict[str, Problem] | None = None
