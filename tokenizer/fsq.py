@@ -11,6 +11,8 @@ from torch import Tensor
 from tokenizer.passing import pass_gradient
 from tokenizer.quantized import Quantized, Quantizer
 
+MARGIN = 1e-3  # how far beyond the outermost values the squeezed range goes, so that features at infinity round to them
+
 
 class FSQuantizer(Quantizer):
     """Mentzer et al. 2023, "Finite scalar quantization: VQ-VAE made simple", section 3.1.
@@ -58,8 +60,9 @@ class FSQuantizer(Quantizer):
             return Quantized(vectors, codes, z.new_zeros(()), counts, nothing, nothing)
 
     def _bounded(self, z: Tensor) -> Tensor:
-        """Features squeezed so that rounding gives -(L // 2) ... (L - 1) // 2 (eq. 1 of appendix A.1)."""
+        """Features squeezed so that rounding gives -(L // 2) ... (L - 1) // 2 (appendix A.1; the margin is absolute here, since one in
+        proportion to L would round to a value too many from L = 1002 on)."""
         sizes = self.sizes[:, None, None]
-        half = (sizes - 1) * (1 + 1e-3) / 2
+        half = (sizes - 1) / 2 + MARGIN
         offset = (sizes % 2 == 0) * 0.5
         return torch.tanh(z + torch.atanh(offset / half)) * half - offset
