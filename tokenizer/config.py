@@ -77,7 +77,7 @@ class TokenizerConfig:
     normalize: bool = False
     rotation: bool = False
     codebook_start: str = "kmeans"
-    start_step: int = 100
+    start_step: int = 50
     revival: str = "rare"
     revive_fraction: float = 0.03
     revive_after: int = 100

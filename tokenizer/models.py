@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenizer.config import TokenizerConfig
@@ -18,6 +19,8 @@ from tokenizer.unixpickle import UnixpickleNet
 from vqmill.checkpoint import fingerprint
 from vqmill.errors import CodesError
 from vqmill.settings import did_you_mean
+
+SLICE_IMAGES, SLICE_IMAGES_DEVICE = 8, 64  # that are encoded together, on a CPU and on an accelerator
 
 ARCHITECTURES: dict[str, type[Net]] = {"strided": StridedNet, "unixpickle": UnixpickleNet, "grouped": GroupedNet}
 
@@ -77,7 +80,10 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> dict[str, Tensor]:
-        """Turns images into codes.
+        """Turns images into codes. An image's codes do not depend on the batch that it comes in.
+
+        Convolutions round differently for other numbers of images, and then a feature between two entries may go to the other one. So
+        the networks always see slices of one size, the last one filled up with zeros.
 
         Args:
             images: uint8 [N, C, H, W] in [0, 255], or float in [-1, 1]; H and W multiples of `config.downsample`. With `config.frames`
@@ -90,7 +96,11 @@ class Tokenizer(nn.Module):
         Raises:
             CodesError: another shape or dtype, an image size that does not fit, or floats that are no pixels.
         """
-        return self.net.encode(self.stack(self.prepare(images.to(self._device))))
+        ready = self.stack(self.prepare(images.to(self._device)))
+        size = SLICE_IMAGES if ready.device.type == "cpu" else SLICE_IMAGES_DEVICE
+        whole = F.pad(ready, (0, 0, 0, 0, 0, 0, 0, -len(ready) % size))
+        parts = [self.net.encode(part) for part in whole.split(size)]
+        return {name: torch.cat([part[name] for part in parts])[: len(ready)] for name in parts[0]}
 
     def prepare(self, images: Tensor) -> Tensor:
         """Checks images (see `encode`) and gives them as float32 in [-1, 1], of the same shape."""

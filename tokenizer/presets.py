@@ -16,8 +16,8 @@ _CLASSIC_VQVAE = {"hidden_dim": 128, "residual_dim": 32, "code_dim": 64, "codebo
 PRESETS: dict[str, dict[str, Any]] = {
     # ours: sizes for two CPU cores, except rgb256, which has the widths of Razavi et al. 2019
     "grey28": {"channels": 1, "size": 28, "codebook_size": 256, "code_dim": 32, "hidden_dim": 64, "residual_dim": 32},
-    "rgb32": {"size": 32, "num_levels": 2, "hidden_dim": 96, "residual_dim": 32},
-    "rgb256": {"size": 256, "num_levels": 2},
+    "rgb32": {"size": 32, "num_levels": 2, "hidden_dim": 96, "residual_dim": 32, "start_step": 100},
+    "rgb256": {"size": 256, "num_levels": 2, "start_step": 100},
     "fsq32": {
         "size": 32, "hidden_dim": 96, "residual_dim": 32, "quantizer": "fsq", "fsq_levels": (8, 5, 5, 5), "codebook_size": 1000, "code_dim": 4,
     },

@@ -22,7 +22,7 @@ class Recipe:
     """How a codebook begins, and what is done about codes that are not used; fields as in `TokenizerConfig`."""
 
     codebook_start: str = "kmeans"
-    start_step: int = 100
+    start_step: int = 50
     revival: str = "rare"
     revive_fraction: float = 0.03
     revive_after: int = 100
