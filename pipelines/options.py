@@ -13,6 +13,8 @@ from vqmill.errors import UsageError
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["fp32", "bf16"]
 Codec = Literal["auto", "blosc-zstd", "blosc-lz4", "zstd"]
+Layout = Literal["zalando", "unixpickle", "rosinality"]
+PixelRange = Literal["signed", "half", "unit"]
 
 
 @Parameter(name="*")
