@@ -75,7 +75,14 @@ def _read(file: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
             f"{file}: refused, as reading it would run code, or it is no checkpoint of torch ({_first_line(error)}). In the project that wrote "
             "it, save the weights alone: torch.save(model.state_dict(), 'weights.pt')."
         ) from error
-    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:  # what damage leads to
+    except (
+        RuntimeError,
+        EOFError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ) as error:  # what damage leads to
         raise CodesError(
             f"{file}: not a whole checkpoint of torch ({_first_line(error)}). Restore it from a copy."
         ) from error

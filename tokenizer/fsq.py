@@ -30,10 +30,8 @@ class FSQuantizer(Quantizer):
         super().__init__()
         self.codebook_size = math.prod(levels)
         sizes = torch.tensor(list(levels))
-        self.register_buffer("sizes", sizes, persistent=False)
-        self.register_buffer(
-            "radix", torch.cat([torch.ones(1, dtype=torch.int64), sizes.cumprod(0)[:-1]]), persistent=False
-        )
+        self.register_buffer("sizes", sizes)
+        self.register_buffer("radix", torch.cat([torch.ones(1, dtype=torch.int64), sizes.cumprod(0)[:-1]]))
 
     def encode(self, z: Tensor) -> Tensor:
         """See `Quantizer`."""

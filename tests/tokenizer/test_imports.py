@@ -111,7 +111,10 @@ def test_wrappings_are_taken_off_and_said():
     parallel = {f"module.{name}": tensor for name, tensor in state.items()}
     found, notes = unwrap({"epoch": 3, "model": parallel, "optimizer": {}})
     assert found.keys() == state.keys()
-    assert notes == ["the weights lay under 'model'; left aside: epoch, optimizer", "the prefix 'module.' was taken off every name"]
+    assert notes == [
+        "the weights lay under 'model'; left aside: epoch, optimizer",
+        "the prefix 'module.' was taken off every name",
+    ]
     lightning = {"state_dict": {f"model._orig_mod.{name}": tensor for name, tensor in state.items()}}
     assert unwrap(lightning)[0].keys() == state.keys()
     assert unwrap({"model_state_dict": state}) == (state, ["the weights lay under 'model_state_dict'"])
