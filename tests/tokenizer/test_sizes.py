@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from tokenizer import PRESETS, Tokenizer, from_preset, preset_config
+from tokenizer import PRESETS, Tokenizer, TokenizerConfig, from_preset, preset_config
 
 PAGE = Path(__file__).parents[2] / "docs" / "tokenizers.md"
 
@@ -115,3 +116,38 @@ def test_the_page_has_the_right_numbers(name):
         assert f"`{level}` {' x '.join(map(str, config.grid(level)))}" in section
     assert f"K {config.codebook_size:,}, D {config.code_dim}" in section
     assert f"--preset {name}" in section or config.frames > 1
+
+
+LAYER = re.compile(r"(\d)x\1 (\d+)-(\d+)")
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name not in ("rgb256", "unixpickle_256")])
+def test_the_layer_tables_are_the_models(name):
+    """Every convolution that a table names outside of blocks is in the model, and the other way round."""
+    section = PAGE.read_text().partition(f"\n## {name}\n")[2].partition("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("|")]
+    named = sorted(tuple(map(int, found)) for found in LAYER.findall("\n".join(rows)))
+    with torch.device("meta"):
+        model = Tokenizer(preset_config(name))
+    layers = [
+        (layer.kernel_size[0], layer.in_channels, layer.out_channels)
+        for path, layer in model.net.named_modules()
+        if isinstance(layer, (torch.nn.Conv2d, torch.nn.ConvTranspose2d))
+        and not re.search(r"conv[13]$|convs|identity", path)
+    ]
+    assert named == sorted(layers)
+
+
+def test_the_configuration_page_says_what_the_docstring_says():
+    page = (PAGE.parent / "configuration.md").read_text()
+    text = TokenizerConfig.__doc__
+    assert text
+    meanings = re.split(r"\n {4,8}(\w+): ", text.partition("Attributes:")[2])[1:]
+    described = {name: " ".join(words.split()) for name, words in zip(meanings[::2], meanings[1::2], strict=True)}
+    values = TokenizerConfig().to_dict()
+    assert described.keys() == values.keys()
+    for name in values.keys() - {"preset"}:
+        assert f"| `{name}` | `{values[name]}` | {described[name]} |" in page, name
+    for preset, changes in PRESETS.items():
+        for name, value in changes.items():
+            assert f"{name} {value}" in page.partition(f"- `{preset}`: ")[2].partition("\n")[0], preset
