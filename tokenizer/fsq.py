@@ -58,8 +58,10 @@ class FSQuantizer(Quantizer):
             return Quantized(vectors, codes, z.new_zeros(()), counts, nothing, nothing)
 
     def _bounded(self, z: Tensor) -> Tensor:
-        """Features squeezed so that rounding gives -(L // 2) ... (L - 1) // 2 (appendix A.1; the margin is absolute here, since one in
-        proportion to L would round to a value too many from L = 1002 on)."""
+        """Features squeezed so that rounding gives -(L // 2) ... (L - 1) // 2 (appendix A.1).
+
+        The margin is absolute here: one in proportion to L would round to a value too many from L = 1002 on.
+        """
         sizes = self.sizes[:, None, None]
         half = (sizes - 1) / 2 + MARGIN
         offset = (sizes % 2 == 0) * 0.5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -84,17 +85,17 @@ def test_unixpickle_256():
 def grouped_block(depth_in: int, depth_out: int, kernels: tuple[int, ...]) -> int:
     quarter = depth_out // 4
     depths = (depth_in, quarter, quarter, quarter, depth_out)
-    path = sum(conv(*pair, kernel) for pair, kernel in zip(zip(depths, depths[1:], strict=False), kernels, strict=True))
+    path = sum(conv(*pair, kernel) for pair, kernel in zip(pairwise(depths), kernels, strict=True))
     return path + (conv(depth_in, depth_out, 1) if depth_in != depth_out else 0)
 
 
 def test_video_stacked_13m():
     widths = [64, 64, 128, 192, 256]
     encoder = conv(90, 256, 7) + conv(256, 64, 7) + conv(256, 512, 1)
-    encoder += sum(grouped_block(*pair, (3, 3, 3, 1)) for pair in zip(widths, widths[1:], strict=False))
+    encoder += sum(grouped_block(*pair, (3, 3, 3, 1)) for pair in pairwise(widths))
     depths = [512, 256, 192, 128, 64]
     decoder = conv(64, 256, 7) + conv(256, 90, 7)
-    decoder += sum(grouped_block(*pair, (1, 3, 3, 3)) for pair in zip(depths, depths[1:], strict=False))
+    decoder += sum(grouped_block(*pair, (1, 3, 3, 3)) for pair in pairwise(depths))
     model = from_preset("video_stacked_13m")
     assert encoder == 2_509_792 == sum(tensor.numel() for tensor in model.net.encoder.parameters())
     assert decoder == 2_614_842 == sum(tensor.numel() for tensor in model.net.decoder.parameters())
