@@ -64,6 +64,45 @@ def train_tokenizer(
 
 
 @app.command
+def evaluate(
+    tokenizer: Path, corpus: str, /, *, out: Path | None = None, size: int | None = None, holdout: float | None = None,
+    everything: Annotated[bool, Parameter(name="--all", negative="")] = False, limit: int | None = None, batch_size: int = 32,
+    by_label: Annotated[bool, Parameter(negative="")] = False, precision: Precision = "fp32", device: Device = "auto",
+    lpips: Path | None = None, lpips_backbone: Path | None = None, rfid: Path | None = None, common: Common = Common(),
+) -> int:  # fmt: skip
+    """Measure what a tokenizer keeps of images: PSNR, SSIM, normalised error, and how it uses its codes.
+
+    Every image goes through its codes and back. On the corpus that the tokenizer was trained on, only what training held out is looked
+    at, else all images; the output says which.
+
+        vqmill evaluate runs/tok photos/ --out runs/tok-evaluation
+
+    Args:
+        tokenizer: the folder that train-tokenizer wrote.
+        corpus: a folder of images, quoted tar shards, or torchvision:NAME?root=DIR.
+        out: a folder to make: evaluation.json, worst_and_best.png (original, reconstruction and error), quarantine.parquet, run.json.
+        size: side in pixels that images are resized and cropped to; the tokenizer's training size if not given.
+        holdout: look at this share of the samples, chosen by their keys as in training.
+        everything: look at all images.
+        limit: look at this many images at most.
+        batch_size: images at once; changes the figures no more than the device rounds differently.
+        by_label: also give PSNR, SSIM and error for each class.
+        precision: bf16 encodes as tokenize --precision bf16 does; images are decoded in fp32 either way.
+        device: auto takes the GPU if there is one.
+        lpips: also measure LPIPS, with weights/v0.1/alex.pth or vgg.pth of the package lpips. Nothing is downloaded.
+        lpips_backbone: torchvision's weights of that AlexNet or VGG16; those in torch's cache if not given.
+        rfid: also measure rFID, with pt_inception-2015-12-05-6726825d.pth of pytorch-fid. Takes 2,048 images or more.
+    """
+    from pipelines.evaluate import EvaluateOptions
+    from pipelines.evaluate import evaluate as job
+
+    return _run(common, lambda: job(tokenizer, corpus, out, EvaluateOptions(
+        size=size, holdout=holdout, everything=everything, limit=limit, batch_size=batch_size, device=device, precision=precision,
+        by_label=by_label, lpips=lpips, lpips_backbone=lpips_backbone, rfid=rfid,
+    )))  # fmt: skip
+
+
+@app.command
 def tokenize(
     corpus: str, /, *, tokenizer: Path, out: Path, size: int | None = None, workers: int | None = None, batch_size: int = 32,
     shard_rows: int | None = None, codec: Codec = "auto", precision: Precision = "fp32", device: Device = "auto",

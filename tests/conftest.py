@@ -12,6 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+import torchvision
+from torchvision.models.inception import Inception3
 
 import tokenizer
 from pipelines.cluster import ray_cluster
@@ -195,3 +197,38 @@ def reference(tmp_path_factory: pytest.TempPathFactory, scenes: str, tokenizer_f
     options = TokenizeOptions(size=16, rows_per_shard=20)
     tokenize_corpus(plan_corpus(scenes), tokenizer.load(tokenizer_folder), out, options, lambda done, total, note: None)
     return out
+
+
+LPIPS_CHANNELS = {"alex": (64, 192, 384, 256, 256), "vgg": (64, 128, 256, 512, 512)}
+
+
+@pytest.fixture(scope="session")
+def published_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with alex.pth and vgg.pth as the package lpips ships them, and the networks' own weights in checkpoints/."""
+    folder = tmp_path_factory.mktemp("weights")
+    (folder / "checkpoints").mkdir()
+    torch.manual_seed(0)
+    for name, channels in LPIPS_CHANNELS.items():
+        linear = {f"lin{place}.model.1.weight": torch.rand(1, number, 1, 1) for place, number in enumerate(channels)}
+        torch.save(linear, folder / f"{name}.pth")
+    for build, file in (
+        (torchvision.models.alexnet, "alexnet-owt-7be5be79.pth"),
+        (torchvision.models.vgg16, "vgg16-397923af.pth"),
+    ):
+        with torch.device("meta"):
+            shapes = build(weights=None).features.state_dict()
+        values = {
+            f"features.{name}": torch.randn(value.shape) / max(1, value[0].numel()) ** 0.5
+            for name, value in shapes.items()
+        }
+        torch.save(values, folder / "checkpoints" / file)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The layout of pt_inception-2015-12-05-6726825d.pth."""
+    path = tmp_path_factory.mktemp("inception") / "pt_inception.pth"
+    torch.manual_seed(0)
+    torch.save(Inception3(1008, aux_logits=False, init_weights=False).state_dict(), path)
+    return path

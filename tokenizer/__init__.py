@@ -10,6 +10,7 @@
 from typing import Any
 
 from tokenizer.config import TokenizerConfig
+from tokenizer.evaluation import Evaluation, evaluate
 from tokenizer.fsq import FSQuantizer
 from tokenizer.models import Reconstruction, Tokenizer
 from tokenizer.presets import PRESETS, preset_config
@@ -23,6 +24,7 @@ __all__ = [
     "FILE_NAME",
     "PRESETS",
     "EMAQuantizer",
+    "Evaluation",
     "FSQuantizer",
     "GradientQuantizer",
     "Quantized",
@@ -34,6 +36,7 @@ __all__ = [
     "TokenizerConfig",
     "TokenizerStep",
     "dumps",
+    "evaluate",
     "from_preset",
     "load",
     "loads",

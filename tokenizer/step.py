@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokenizer.evaluation import Evaluation
 from tokenizer.losses import reconstruction_loss
-from tokenizer.metrics import nmse, perplexity, psnr, used_codes
+from tokenizer.metrics import nmse, perplexity
 from tokenizer.models import Reconstruction, Tokenizer
-from vqmill.errors import CodesError
 from vqmill.step import StepOutput
 
 UNIFORM_VARIANCE = 1 / 3  # of pixels uniform in [-1, 1]; stands in until the first update
@@ -89,12 +89,13 @@ class TokenizerStep(nn.Module):
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
-        """Measures reconstructions and codebook use over a whole set; moves nothing.
+        """Measures reconstructions, from their codes, and codebook use over a whole set; moves nothing.
+
+        Args:
+            batches: `images`, as for `forward`; other entries are not looked at.
 
         Returns:
-            `loss` (the training loss), `nmse` (over the variance of this set), `psnr` in dB, and for each level
-            `{level}/used_codes`, `{level}/perplexity` and `{level}/codebook_size`, with residual quantization for each of its stages
-            `{level}/0`, `{level}/1`, .... Reconstructions are clamped to [-1, 1].
+            `loss` (the training loss), and the figures of `tokenizer.evaluation.Evaluation.report`.
 
         Raises:
             CodesError: there is no batch.
@@ -108,35 +109,18 @@ class TokenizerStep(nn.Module):
                 module.training = mode
 
     def _evaluate(self, batches: Iterable[Mapping[str, Tensor]]) -> dict[str, float]:
-        config, device = self.tokenizer.config, self.pixel_sums.device
-        squared_error = torch.zeros((), dtype=torch.float64, device=device)
-        loss = torch.zeros_like(squared_error)  # weighted by images
-        pixels = torch.zeros_like(self.pixel_sums)
-        counts: dict[str, Tensor] = {}
+        evaluation = Evaluation(self.tokenizer)
+        loss = torch.zeros_like(self.pixel_sums[0])  # weighted by images
         num_images = 0
         for batch in batches:
-            images = self.tokenizer.prepare(batch["images"].to(device))
+            images = self.tokenizer.prepare(batch["images"].to(self.pixel_sums.device))
             result = self.tokenizer(images)
-            squared_error += (result.images.float().clamp(-1, 1) - images).square().sum(dtype=torch.float64)
-            pixels += _pixel_sums(images)
-            num_images += len(images)
+            evaluation.add(
+                images, {name: level.codes for name, level in result.levels.items()}
+            )  # as `encode` gives them
             loss += self._loss(images, result, self.data_variance)[0] * len(images)
-            for name, level in result.levels.items():
-                counts[name] = counts.get(name, 0) + level.counts.double()
-        if num_images == 0:
-            raise CodesError(
-                "nothing to evaluate on: expected at least one batch of images. Hold out more of the corpus."
-            )
-        mse = squared_error / pixels[0]
-        error = nmse(mse, _variance(pixels))
-        report = {"loss": loss / num_images, "nmse": error, "psnr": psnr(mse)}
-        for name, found in counts.items():
-            stages = {name: found} if found.ndim == 1 else {f"{name}/{stage}": part for stage, part in enumerate(found)}
-            for stage, part in stages.items():
-                report[f"{stage}/used_codes"] = used_codes(part)
-                report[f"{stage}/perplexity"] = perplexity(part)
-                report[f"{stage}/codebook_size"] = torch.tensor(config.codebook_size)
-        return {name: float(value) for name, value in report.items()}
+            num_images += len(images)
+        return {"loss": float(loss) / max(1, num_images), **evaluation.report()}
 
 
 def _pixel_sums(images: Tensor) -> Tensor:

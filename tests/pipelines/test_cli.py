@@ -23,6 +23,7 @@ from vqmill.verify import verify_store
 
 COMMANDS = (
     "train-tokenizer",
+    "evaluate",
     "tokenize",
     "inspect",
     "verify",
