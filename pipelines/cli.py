@@ -16,7 +16,7 @@ from cyclopts import App, Parameter
 import vqmill
 from pipelines.errors import RunFailed
 from pipelines.memory import keep_freed_memory
-from pipelines.options import Codec, Common, Device, FitFlags, Precision
+from pipelines.options import Codec, Common, Device, FitFlags, Layout, PixelRange, Precision
 from pipelines.results import FAILED, USAGE, Result, plain_console, printable
 from vqmill.errors import CodesError, UsageError
 
@@ -308,6 +308,31 @@ def sample(
         prior, tokenizer, out, num=num, seed=seed, label=label, temperature=temperature, codes=codes, columns=columns,
         batch_size=batch_size, device=device,
     ))  # fmt: skip
+
+
+@app.command
+def import_checkpoint(
+    file: Path, /, *, layout: Layout, out: Path, size: int | None = None, pixel_range: PixelRange | None = None,
+    common: Common = Common(),
+) -> int:  # fmt: skip
+    """Make a tokenizer of weights that another project trained.
+
+        vqmill import-checkpoint vqvae_560.pt --layout rosinality --out runs/imported
+
+    Widths, codebook, levels and residual blocks are read off the tensors; codes keep their numbers. Nothing in the file is run: one that
+    holds more than tensors is refused. Writes OUT/tokenizer.safetensors and run.json.
+
+    Args:
+        file: the .pt file: a state dict, or a checkpoint that holds one as state_dict, model_state_dict or model.
+        layout: zalando (pytorch-vq-vae), unixpickle (vq-vae-2) or rosinality (vq-vae-2-pytorch).
+        out: the folder to make.
+        size: side of its training images in pixels; 32 for zalando, 256 for the others if not given.
+        pixel_range: how its training saw black and white: signed (-1, 1), half (-0.5, 0.5) or unit (0, 1). If not given, half for
+            zalando (its earlier notebook: signed), unit for unixpickle, signed for rosinality.
+    """
+    from pipelines.import_command import import_checkpoint as job
+
+    return _run(common, lambda: job(file, out, layout=layout, size=size, pixel_range=pixel_range))
 
 
 @app.command

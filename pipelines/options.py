@@ -15,6 +15,8 @@ TENSORBOARD_FOLDER = "tensorboard"
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["fp32", "bf16"]
 Codec = Literal["auto", "blosc-zstd", "blosc-lz4", "zstd"]
+Layout = Literal["zalando", "unixpickle", "rosinality"]
+PixelRange = Literal["signed", "half", "unit"]
 
 
 @Parameter(name="*")

@@ -24,8 +24,8 @@ TOKENIZER_RECIPES = {
     "nngen_mnist": FitConfig(steps=28125, batch_size=64, learning_rate=1e-3),  # 30 epochs of 60,000
     "zalando_cifar": FitConfig(steps=15000, batch_size=256, learning_rate=1e-3),
     "sonnet_cifar": FitConfig(steps=10000, batch_size=32, learning_rate=3e-4),
-    "unixpickle_256": FitConfig(steps=100000, batch_size=32, learning_rate=1e-3),
-    "video_stacked_13m": FitConfig(steps=100000, batch_size=8, learning_rate=3e-4),
+    "unixpickle_256": FitConfig(steps=100000, batch_size=16, learning_rate=1e-3),
+    "video_stacked_13m": FitConfig(steps=160000, batch_size=24, learning_rate=1e-4),
     "video_stacked_small": FitConfig(steps=3000, batch_size=16, learning_rate=1e-3),
 }
 PRIOR_RECIPES = {

@@ -56,6 +56,9 @@ class TokenizerConfig:
         ema_decay: what an update keeps of the codebook statistics, in [0, 1) (0.99 in both).
         loss: of the reconstruction: `mse` (over the variance of the data), `l1` (over its standard deviation) or `log_laplace` (Ramesh et
             al. 2021, appendix A.3: the decoder gives a scale beside each pixel).
+        pixel_range: low and high, what black and white are inside the networks. Images are converted on their way in and out, so that
+            imported weights see what they were trained on; images given to a tokenizer are always uint8 or in [-1, 1].
+        rectified_skip: residual blocks add to relu(x), not to x: what zalandoresearch's do, whose first ReLU overwrites its input.
     """
 
     preset: str = "custom"
@@ -85,6 +88,8 @@ class TokenizerConfig:
     commitment_cost: float = 0.25
     ema_decay: float = 0.99
     loss: str = "mse"
+    pixel_range: tuple[float, float] = (-1.0, 1.0)
+    rectified_skip: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.preset, str):
@@ -111,14 +116,28 @@ class TokenizerConfig:
             ("pool_size", 1, 1 << 24),
         ):
             _check_count(name, getattr(self, name), low, high)
-        for name in ("residual_bias", "normalize", "rotation"):
+        for name in ("residual_bias", "normalize", "rotation", "rectified_skip"):
             if not isinstance(getattr(self, name), bool):
                 raise CodesError(f"{name}: expected true or false, found {getattr(self, name)!r}.")
         _check_real("commitment_cost", self.commitment_cost, below=None)
         _check_real("ema_decay", self.ema_decay, below=1.0)
         _check_real("revive_fraction", self.revive_fraction, below=1.0)
+        self._check_pixel_range()
         self._check_quantizer()
         self._check_architecture()
+
+    def _check_pixel_range(self) -> None:
+        found = self.pixel_range
+        if (
+            not isinstance(found, (list, tuple))
+            or len(found) != 2
+            or not all(map(_is_finite, found))
+            or found[0] >= found[1]
+        ):
+            raise CodesError(f"pixel_range: expected [low, high] with low < high, such as [0, 1], found {found!r}.")
+        object.__setattr__(self, "pixel_range", (float(found[0]), float(found[1])))
+        if self.loss == "log_laplace" and self.pixel_range != (-1.0, 1.0):
+            raise CodesError("pixel_range: loss 'log_laplace' has outputs of its own kind; leave it at [-1, 1].")
 
     def _check_quantizer(self) -> None:
         levels = self.fsq_levels
@@ -158,6 +177,8 @@ class TokenizerConfig:
             raise CodesError(
                 f"residual_bias: only 'strided' can go without, the architecture is {self.architecture!r}."
             )
+        if self.rectified_skip and self.architecture != "strided":
+            raise CodesError(f"rectified_skip: only for architecture 'strided', which is {self.architecture!r}.")
         if self.architecture == "strided" and self.hidden_dim % 2:
             raise CodesError(
                 f"hidden_dim: expected an even number (the outer layers have half), found {self.hidden_dim}."
@@ -241,7 +262,7 @@ class TokenizerConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values from which `from_dict` makes an equal configuration."""
-        return {**asdict(self), "fsq_levels": list(self.fsq_levels)}
+        return {**asdict(self), "fsq_levels": list(self.fsq_levels), "pixel_range": list(self.pixel_range)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TokenizerConfig:
@@ -267,8 +288,11 @@ def _check_count(name: str, value: object, low: int, high: int) -> None:
         raise CodesError(f"{name}: expected a whole number in {low}..{high}, found {value!r}.")
 
 
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _check_real(name: str, value: float, below: float | None) -> None:
-    real = isinstance(value, int | float) and not isinstance(value, bool)  # JSON may bring anything
-    if not real or not 0 <= value < (float("inf") if below is None else below):
+    if not _is_finite(value) or not 0 <= value < (float("inf") if below is None else below):  # JSON may bring anything
         limit = "a finite number of at least 0" if below is None else f"a number in [0, {below:g})"
         raise CodesError(f"{name}: expected {limit}, found {value!r}.")

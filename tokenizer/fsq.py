@@ -11,6 +11,8 @@ from torch import Tensor
 from tokenizer.passing import pass_gradient
 from tokenizer.quantized import Quantized, Quantizer
 
+MARGIN = 1e-3  # how far beyond the outermost values the squeezed range goes, so that features at infinity round to them
+
 
 class FSQuantizer(Quantizer):
     """Mentzer et al. 2023, "Finite scalar quantization: VQ-VAE made simple", section 3.1.
@@ -28,10 +30,8 @@ class FSQuantizer(Quantizer):
         super().__init__()
         self.codebook_size = math.prod(levels)
         sizes = torch.tensor(list(levels))
-        self.register_buffer("sizes", sizes, persistent=False)
-        self.register_buffer(
-            "radix", torch.cat([torch.ones(1, dtype=torch.int64), sizes.cumprod(0)[:-1]]), persistent=False
-        )
+        self.register_buffer("sizes", sizes)
+        self.register_buffer("radix", torch.cat([torch.ones(1, dtype=torch.int64), sizes.cumprod(0)[:-1]]))
 
     def encode(self, z: Tensor) -> Tensor:
         """See `Quantizer`."""
@@ -58,8 +58,11 @@ class FSQuantizer(Quantizer):
             return Quantized(vectors, codes, z.new_zeros(()), counts, nothing, nothing)
 
     def _bounded(self, z: Tensor) -> Tensor:
-        """Features squeezed so that rounding gives -(L // 2) ... (L - 1) // 2 (eq. 1 of appendix A.1)."""
+        """Features squeezed so that rounding gives -(L // 2) ... (L - 1) // 2 (appendix A.1).
+
+        The margin is absolute here: one in proportion to L would round to a value too many from L = 1002 on.
+        """
         sizes = self.sizes[:, None, None]
-        half = (sizes - 1) * (1 + 1e-3) / 2
+        half = (sizes - 1) / 2 + MARGIN
         offset = (sizes % 2 == 0) * 0.5
         return torch.tanh(z + torch.atanh(offset / half)) * half - offset

@@ -60,6 +60,30 @@ class Tokenizer(nn.Module):
         return fingerprint(self.state_dict(), self.config.to_dict())
 
     @property
+    def name(self) -> str:
+        """The preset."""
+        return self.config.preset
+
+    @property
+    def channels(self) -> int:
+        """C of the images."""
+        return self.config.channels
+
+    @property
+    def size(self) -> int:
+        """Height and width of the training images in pixels."""
+        return self.config.size
+
+    @property
+    def levels(self) -> dict[str, int]:
+        """Each level's codebook size, coarse to fine."""
+        return dict.fromkeys(self.config.level_names, self.config.codebook_size)
+
+    def grid(self, level: str, size: int | None = None) -> tuple[int, ...]:
+        """The shape of a level's codes for one image; see `TokenizerConfig.grid`."""
+        return self.config.grid(level, size)
+
+    @property
     def num_parameters(self) -> int:
         """How many numbers the optimizer learns; codebooks that follow by averages are not among them."""
         return sum(parameter.numel() for parameter in self.parameters())
@@ -75,8 +99,9 @@ class Tokenizer(nn.Module):
 
     def forward(self, images: Tensor) -> Reconstruction:
         """Reconstructs images as `prepare` gives them, differentiably; the path that training takes."""
-        coded = self.net(self.stack(images))
-        return Reconstruction(self._pixels(coded.outputs), coded.outputs, coded.levels, coded.auxiliary)
+        coded = self.net(self._inward(images))
+        outputs = self._outward(coded.outputs)
+        return Reconstruction(self._pixels(outputs), outputs, coded.levels, coded.auxiliary)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> dict[str, Tensor]:
@@ -96,7 +121,7 @@ class Tokenizer(nn.Module):
         Raises:
             CodesError: another shape or dtype, an image size that does not fit, or floats that are no pixels.
         """
-        ready = self.stack(self.prepare(images.to(self._device)))
+        ready = self._inward(self.prepare(images.to(self._device)))
         size = SLICE_IMAGES if ready.device.type == "cpu" else SLICE_IMAGES_DEVICE
         whole = F.pad(ready, (0, 0, 0, 0, 0, 0, 0, -len(ready) % size))
         parts = [self.net.encode(part) for part in whole.split(size)]
@@ -122,8 +147,19 @@ class Tokenizer(nn.Module):
         return images.float()
 
     def stack(self, images: Tensor) -> Tensor:
-        """Clips [N, T, C, H, W] -> [N, T * C, H, W], as the networks see them; images stay as they are."""
+        """Clips [N, T, C, H, W] -> [N, T * C, H, W]; images stay as they are."""
         return images.flatten(1, 2) if images.ndim == 5 else images
+
+    def _inward(self, images: Tensor) -> Tensor:
+        """Images in [-1, 1], or clips, as the networks see them: frames stacked, in `config.pixel_range`."""
+        low, high = self.config.pixel_range
+        images = self.stack(images)
+        return images if (low, high) == (-1, 1) else (images + 1) * ((high - low) / 2) + low
+
+    def _outward(self, outputs: Tensor) -> Tensor:
+        """What the networks give, from `config.pixel_range` to [-1, 1]."""
+        low, high = self.config.pixel_range
+        return outputs if (low, high) == (-1, 1) else (outputs - low) * (2 / (high - low)) - 1
 
     def _pixels(self, outputs: Tensor) -> Tensor:
         images = pixels(self.config.loss, outputs)
@@ -146,7 +182,7 @@ class Tokenizer(nn.Module):
         """
         if dtype not in (torch.uint8, torch.float32):
             raise CodesError(f"dtype: expected torch.uint8 or torch.float32, found {dtype}.")
-        images = self._pixels(self.net.decode(self._checked(codes))).clamp(-1, 1)
+        images = self._pixels(self._outward(self.net.decode(self._checked(codes)))).clamp(-1, 1)
         return images if dtype == torch.float32 else ((images + 1) * 127.5).round().to(torch.uint8)
 
     def _checked(self, codes: Mapping[str, Tensor]) -> dict[str, Tensor]:

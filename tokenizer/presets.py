@@ -27,14 +27,14 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # published ones
     "nngen_mnist": {"channels": 1, "size": 28, **_CLASSIC_VQVAE, "quantizer": "gradient"},
-    "zalando_cifar": {"size": 32, **_CLASSIC_VQVAE, "residual_bias": False},
-    "sonnet_cifar": {"size": 32, **_CLASSIC_VQVAE},
+    "zalando_cifar": {"size": 32, **_CLASSIC_VQVAE, "residual_bias": False, "rectified_skip": True, "pixel_range": (-0.5, 0.5)},
+    "sonnet_cifar": {"size": 32, **_CLASSIC_VQVAE, "pixel_range": (-0.5, 0.5)},
     "unixpickle_256": {
         "architecture": "unixpickle", "size": 256, "num_levels": 2, "hidden_dim": 128, "residual_dim": 128, "code_dim": 128,
-        "quantizer": "gradient", "codebook_start": "normal", "revival": "unused", "revive_after": 100,
+        "quantizer": "gradient", "codebook_start": "normal", "revival": "unused", "revive_after": 100, "pixel_range": (0.0, 1.0),
     },
     "video_stacked_13m": {
-        "architecture": "grouped", "size": 128, "frames": 30, "num_groups": 4, "hidden_dim": 64, "residual_dim": 16,
+        "architecture": "grouped", "size": 256, "frames": 30, "num_groups": 4, "hidden_dim": 64, "residual_dim": 16,
         "num_residual_blocks": 1, "codebook_size": 8192, "code_dim": 512, "codebook_start": "normal", "revival": "none",
     },
     # the same for a laptop, with our recipe

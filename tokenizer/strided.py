@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from tokenizer.blocks import residual_stack
 from tokenizer.config import TokenizerConfig
 from tokenizer.net import Coded, Net, Quantize
+
+Residuals = Callable[[], nn.Sequential]  # makes a new residual stack
 
 
 class StridedNet(Net):
@@ -26,7 +29,11 @@ class StridedNet(Net):
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__(config)
         hidden_dim, code_dim, number = config.hidden_dim, config.code_dim, config.num_levels
-        stack = (hidden_dim, config.residual_dim, config.num_residual_blocks, config.residual_bias)
+        residuals = partial(
+            residual_stack, hidden_dim, config.residual_dim, config.num_residual_blocks,
+            bias=config.residual_bias, rectified_skip=config.rectified_skip,
+        )  # fmt: skip
+        stack = (hidden_dim, residuals)
         self.names = config.level_names
         self.encoders = nn.ModuleList(  # fine to coarse
             [_quarter_encoder(config.input_channels, *stack), *[_half_encoder(*stack) for _ in range(number - 1)]]
@@ -104,7 +111,7 @@ class StridedNet(Net):
         return torch.cat([self.upsamplers[level - 1](above), finer], dim=1)
 
 
-def _quarter_encoder(channels: int, hidden_dim: int, residual_dim: int, num_blocks: int, bias: bool) -> nn.Sequential:
+def _quarter_encoder(channels: int, hidden_dim: int, residuals: Residuals) -> nn.Sequential:
     """Halves the image twice: [N, channels, H, W] -> [N, hidden_dim, H/4, W/4] (van den Oord et al. 2017, section 4.1)."""
     return nn.Sequential(
         nn.Conv2d(channels, hidden_dim // 2, 4, stride=2, padding=1),
@@ -112,39 +119,35 @@ def _quarter_encoder(channels: int, hidden_dim: int, residual_dim: int, num_bloc
         nn.Conv2d(hidden_dim // 2, hidden_dim, 4, stride=2, padding=1),
         nn.ReLU(),
         nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1),
-        residual_stack(hidden_dim, residual_dim, num_blocks, bias=bias),
+        residuals(),
     )
 
 
-def _half_encoder(hidden_dim: int, residual_dim: int, num_blocks: int, bias: bool) -> nn.Sequential:
+def _half_encoder(hidden_dim: int, residuals: Residuals) -> nn.Sequential:
     """Halves a feature map once: [N, hidden_dim, h, w] -> [N, hidden_dim, h/2, w/2] (rosinality, encoder of stride 2)."""
     return nn.Sequential(
         nn.Conv2d(hidden_dim, hidden_dim // 2, 4, stride=2, padding=1),
         nn.ReLU(),
         nn.Conv2d(hidden_dim // 2, hidden_dim, 3, padding=1),
-        residual_stack(hidden_dim, residual_dim, num_blocks, bias=bias),
+        residuals(),
     )
 
 
-def _quarter_decoder(
-    depth: int, channels: int, hidden_dim: int, residual_dim: int, num_blocks: int, bias: bool
-) -> nn.Sequential:
+def _quarter_decoder(depth: int, channels: int, hidden_dim: int, residuals: Residuals) -> nn.Sequential:
     """Doubles the grid twice: [N, depth, h, w] -> [N, channels, 4h, 4w]."""
     return nn.Sequential(
         nn.Conv2d(depth, hidden_dim, 3, padding=1),
-        residual_stack(hidden_dim, residual_dim, num_blocks, bias=bias),
+        residuals(),
         nn.ConvTranspose2d(hidden_dim, hidden_dim // 2, 4, stride=2, padding=1),
         nn.ReLU(),
         nn.ConvTranspose2d(hidden_dim // 2, channels, 4, stride=2, padding=1),
     )
 
 
-def _half_decoder(
-    depth: int, code_dim: int, hidden_dim: int, residual_dim: int, num_blocks: int, bias: bool
-) -> nn.Sequential:
+def _half_decoder(depth: int, code_dim: int, hidden_dim: int, residuals: Residuals) -> nn.Sequential:
     """Doubles the grid once: [N, depth, h, w] -> [N, code_dim, 2h, 2w] (rosinality, decoder of stride 2)."""
     return nn.Sequential(
         nn.Conv2d(depth, hidden_dim, 3, padding=1),
-        residual_stack(hidden_dim, residual_dim, num_blocks, bias=bias),
+        residuals(),
         nn.ConvTranspose2d(hidden_dim, code_dim, 4, stride=2, padding=1),
     )

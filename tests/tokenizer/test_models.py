@@ -133,8 +133,8 @@ def test_any_integer_type_decodes(dtype):
         ({"bottom": torch.full((1, 4, 4), -1)}, "holds code -1"),
         ({"top": torch.zeros(1, 2, 2)}, "expected integers"),
         ({"top": torch.zeros(2, 2, dtype=torch.int64)}, r"shape \[N, h, w\]"),
-        ({"top": torch.zeros(1, 3, 2, dtype=torch.int64)}, "does not fit 'bottom'"),
-        ({"top": torch.zeros(2, 2, 2, dtype=torch.int64)}, "does not fit 'bottom'"),
+        ({"top": torch.zeros(1, 3, 2, dtype=torch.int64)}, "does not fit 'top'"),
+        ({"top": torch.zeros(2, 2, 2, dtype=torch.int64)}, "does not fit 'top'"),
         ({"botom": torch.zeros(1, 2, 2, dtype=torch.int64)}, "Did you mean 'bottom'"),
     ],
 )

@@ -56,10 +56,10 @@ def test_changed_files_are_refused(tmp_path):
         save_checkpoint(path, new_tensors, new_metadata)
         return path
 
-    name = "net.to_top.bias"
+    name = "net.to_code.0.bias"
     with pytest.raises(CodesError, match="changed after it was saved"):
         tokenizer.load(rewritten({**tensors, name: tensors[name] + 1}, metadata))
-    with pytest.raises(CodesError, match=r"1 differ, first 'net\.to_top\.bias'.*found nothing"):
+    with pytest.raises(CodesError, match=r"1 differ, first 'net\.to_code\.0\.bias'.*found nothing"):
         tokenizer.load(rewritten({key: value for key, value in tensors.items() if key != name}, metadata))
     with pytest.raises(CodesError, match="'surplus': expected nothing"):
         tokenizer.load(rewritten({**tensors, "surplus": torch.zeros(1)}, metadata))

@@ -1,0 +1,96 @@
+"""The command `import-checkpoint`: a `.pt` file of a published project in, a tokenizer of ours out. Nothing else here reads such files."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tokenizer
+from pipelines.options import Layout, PixelRange
+from pipelines.outputs import RUN_FILE, OutputFolder, require_room, run_record
+from pipelines.results import Result
+from tokenizer.imports import convert, unwrap
+from vqmill.errors import CodesError, UsageError
+from vqmill.files import canonical_json, write_whole
+
+RANGES: dict[PixelRange, tuple[float, float]] = {"signed": (-1.0, 1.0), "half": (-0.5, 0.5), "unit": (0.0, 1.0)}
+
+
+def import_checkpoint(
+    file: Path, out: Path, *, layout: Layout, size: int | None, pixel_range: PixelRange | None
+) -> Result:
+    """Runs the command; see `vqmill import-checkpoint --help`."""
+    if not file.is_file():
+        raise UsageError(f"{file}: no such file. Name the .pt file that a training of {layout}'s wrote.")
+    state, notes = _read(file)
+    try:
+        model = convert(state, layout, size=size, pixel_range=RANGES[pixel_range] if pixel_range else None)
+    except CodesError as error:
+        raise CodesError(f"{file}: {error}") from error
+    config = model.config
+    settings = {
+        "command": "import-checkpoint", "layout": layout, "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        "tokenizer": config.to_dict(),
+    }  # fmt: skip
+    require_room(out, 4 * sum(tensor.numel() for tensor in model.state_dict().values()))
+    with OutputFolder(out, settings) as place:
+        if not place.finished:
+            tokenizer.save(model, place.folder)
+            record = run_record(
+                checkpoint=str(file), settings=settings, fingerprint=model.fingerprint, parameters=model.num_parameters, notes=notes
+            )  # fmt: skip
+            write_whole(place.folder / RUN_FILE, canonical_json(record))
+            place.finish()
+        lines = [f"{out}: already imported from this file; nothing to do."] if place.finished else []
+    lines += [f"{file}: {note}" for note in notes]
+    grids = ", ".join(f"{level} {'x'.join(map(str, model.grid(level)))}" for level in model.levels)
+    lines += [
+        f"tokenizer {model.fingerprint}: {model.num_parameters:,} parameters, codebook {config.codebook_size} x {config.code_dim} "
+        f"({config.quantizer}), {grids}",
+        _assumed("size", f"{config.size} pixels", given=size is not None, layout=layout),
+        _assumed("pixel-range", "black {:g}, white {:g}".format(*config.pixel_range), given=pixel_range is not None, layout=layout),
+        f"made {out / tokenizer.FILE_NAME}",
+    ]  # fmt: skip
+    return Result(lines, facts={"out": str(out), "fingerprint": model.fingerprint, "config": config.to_dict()})
+
+
+def _assumed(flag: str, value: str, *, given: bool, layout: str) -> str:
+    return f"{flag}: {value}" + ("" if given else f" (no tensor tells; as {layout} trains. Otherwise say --{flag})")
+
+
+def _read(file: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """The tensors of a `.pt` file; nothing in it is run.
+
+    Raises:
+        CodesError: not a checkpoint, damaged, or it needs code to be read.
+    """
+    try:
+        loaded: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CodesError(
+            f"{file}: refused, as reading it would run code, or it is no checkpoint of torch ({_first_line(error)}). In the project that wrote "
+            "it, save the weights alone: torch.save(model.state_dict(), 'weights.pt')."
+        ) from error
+    except (
+        RuntimeError,
+        EOFError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ) as error:  # what damage leads to
+        raise CodesError(
+            f"{file}: not a whole checkpoint of torch ({_first_line(error)}). Restore it from a copy."
+        ) from error
+    try:
+        return unwrap(loaded)
+    except CodesError as error:
+        raise CodesError(f"{file}: {error}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
