@@ -27,13 +27,15 @@ def import_checkpoint(
     if not file.is_file():
         raise UsageError(f"{file}: no such file. Name the .pt file that a training of {layout}'s wrote.")
     state, notes = _read(file)
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
     try:
         model = convert(state, layout, size=size, pixel_range=RANGES[pixel_range] if pixel_range else None)
     except CodesError as error:
         raise CodesError(f"{file}: {error}") from error
     config = model.config
     settings = {
-        "command": "import-checkpoint", "layout": layout, "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        "command": "import-checkpoint", "layout": layout, "sha256": digest,
         "tokenizer": config.to_dict(),
     }  # fmt: skip
     require_room(out, 4 * sum(tensor.numel() for tensor in model.state_dict().values()))
@@ -75,7 +77,14 @@ def _read(file: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
             f"{file}: refused, as reading it would run code, or it is no checkpoint of torch ({_first_line(error)}). In the project that wrote "
             "it, save the weights alone: torch.save(model.state_dict(), 'weights.pt')."
         ) from error
-    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:  # what damage leads to
+    except (
+        RuntimeError,
+        EOFError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ) as error:  # what damage leads to
         raise CodesError(
             f"{file}: not a whole checkpoint of torch ({_first_line(error)}). Restore it from a copy."
         ) from error

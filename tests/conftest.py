@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pyarrow as pa
@@ -195,3 +197,14 @@ def reference(tmp_path_factory: pytest.TempPathFactory, scenes: str, tokenizer_f
     options = TokenizeOptions(size=16, rows_per_shard=20)
     tokenize_corpus(plan_corpus(scenes), tokenizer.load(tokenizer_folder), out, options, lambda done, total, note: None)
     return out
+
+
+@pytest.fixture(scope="session")
+def published() -> ModuleType:
+    """The networks of tokenizer/published.py, which tests in several folders import."""
+    spec = importlib.util.spec_from_file_location("published", Path(__file__).parent / "tokenizer" / "published.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

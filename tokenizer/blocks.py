@@ -9,9 +9,7 @@ from torch import Tensor, nn
 class ResidualBlock(nn.Module):
     """x + conv1x1(relu(conv3x3(relu(x)))) (van den Oord et al. 2017, section 4.1); with `rectified_skip` relu(x) + ...."""
 
-    def __init__(
-        self, hidden_dim: int, residual_dim: int, *, bias: bool = True, rectified_skip: bool = False
-    ) -> None:
+    def __init__(self, hidden_dim: int, residual_dim: int, *, bias: bool = True, rectified_skip: bool = False) -> None:
         super().__init__()
         self.rectified_skip = rectified_skip
         self.conv3 = nn.Conv2d(hidden_dim, residual_dim, 3, padding=1, bias=bias)

@@ -128,7 +128,12 @@ class TokenizerConfig:
 
     def _check_pixel_range(self) -> None:
         found = self.pixel_range
-        if not isinstance(found, (list, tuple)) or len(found) != 2 or not all(map(_is_finite, found)) or found[0] >= found[1]:
+        if (
+            not isinstance(found, (list, tuple))
+            or len(found) != 2
+            or not all(map(_is_finite, found))
+            or found[0] >= found[1]
+        ):
             raise CodesError(f"pixel_range: expected [low, high] with low < high, such as [0, 1], found {found!r}.")
         object.__setattr__(self, "pixel_range", (float(found[0]), float(found[1])))
         if self.loss == "log_laplace" and self.pixel_range != (-1.0, 1.0):

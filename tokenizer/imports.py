@@ -63,14 +63,18 @@ def unwrap(loaded: Any) -> tuple[dict[str, Tensor], list[str]]:
     """
     notes = []
     for _ in WRAPPERS:  # one may lie inside another; a file can also make a circle of them
-        key = next((key for key in WRAPPERS if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping)), "")
+        key = next(
+            (key for key in WRAPPERS if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping)), ""
+        )
         if not key:
             break
         others = ", ".join(sorted(str(other) for other in loaded if other != key))
         notes.append(f"the weights lay under {key!r}" + (f"; left aside: {others}" if others else ""))
         loaded = loaded[key]
     if not isinstance(loaded, Mapping) or not loaded:
-        raise CodesError(f"expected a state dict (tensors by name), found {type(loaded).__name__}. Save model.state_dict().")
+        raise CodesError(
+            f"expected a state dict (tensors by name), found {type(loaded).__name__}. Save model.state_dict()."
+        )
     for name, tensor in loaded.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise CodesError(f"{name!r}: expected a tensor, found {type(tensor).__name__}. Save model.state_dict().")
@@ -104,7 +108,9 @@ def convert(
     if source.mark not in state:
         likely = next((name for name, other in LAYOUTS.items() if other.mark in state), "")
         advice = f"It looks like {likely!r}." if likely else f"Its first tensors are {', '.join(list(state)[:3])}."
-        raise CodesError(f"tensor {source.mark!r} is missing, which every checkpoint of layout {layout!r} has. {advice}")
+        raise CodesError(
+            f"tensor {source.mark!r} is missing, which every checkpoint of layout {layout!r} has. {advice}"
+        )
     config = TokenizerConfig(
         preset=f"imported-{layout}",
         size=source.size if size is None else size,
@@ -119,7 +125,9 @@ def convert(
         module, _, kind = name.rpartition(".")
         theirs = codebooks.get(name) or (f"{modules[module]}.{kind}" if module in modules else "")
         turned = bool(source.transposed and name in codebooks and wanted.ndim == 2)
-        tensors[name] = _tensor(state, theirs, wanted, turned=turned) if theirs else torch.zeros_like(wanted, device="cpu")
+        tensors[name] = (
+            _tensor(state, theirs, wanted, turned=turned) if theirs else torch.zeros_like(wanted, device="cpu")
+        )
         used.add(theirs)
     if extra := sorted(state.keys() - used):
         raise CodesError(
@@ -143,9 +151,13 @@ def _tensor(state: State, name: str, wanted: Tensor, *, turned: bool) -> Tensor:
             f"{list(found.shape)}."
         )
     if found.numel() * found.element_size() > found.untyped_storage().nbytes():  # a few bytes that pretend to be many
-        raise CodesError(f"tensor {name!r}: shape {shape}, but the file holds {found.untyped_storage().nbytes()} bytes of it.")
+        raise CodesError(
+            f"tensor {name!r}: shape {shape}, but the file holds {found.untyped_storage().nbytes()} bytes of it."
+        )
     if not torch.isfinite(found).all():
-        raise CodesError(f"tensor {name!r} holds NaN or infinity: the training had diverged. Take an earlier checkpoint.")
+        raise CodesError(
+            f"tensor {name!r} holds NaN or infinity: the training had diverged. Take an earlier checkpoint."
+        )
     return (found.T if turned else found).detach().to(wanted.dtype, copy=True).contiguous()
 
 
@@ -154,7 +166,9 @@ def _found(state: State, name: str) -> Tensor:
         raise CodesError(f"tensor {name!r} is missing.")
     tensor = state[name]
     if tensor.layout != torch.strided or tensor.device.type == "meta" or tensor.is_complex() or tensor.is_quantized:
-        raise CodesError(f"tensor {name!r}: expected a plain tensor, found {tensor.dtype} {tensor.layout} on {tensor.device}.")
+        raise CodesError(
+            f"tensor {name!r}: expected a plain tensor, found {tensor.dtype} {tensor.layout} on {tensor.device}."
+        )
     return tensor
 
 
@@ -170,13 +184,19 @@ def _blocks(state: State, place: Callable[[int], str]) -> dict[str, Any]:
     """How many residual blocks there are, and what they are like; `place(i)` is the Sequential of block i."""
     number = next(i for i in count() if f"{place(i)}.1.weight" not in state)
     width = _shape(state, f"{place(0)}.1.weight")[0] if number else 1
-    return {"num_residual_blocks": number, "residual_dim": width, "residual_bias": not number or f"{place(0)}.1.bias" in state}
+    return {
+        "num_residual_blocks": number,
+        "residual_dim": width,
+        "residual_bias": not number or f"{place(0)}.1.bias" in state,
+    }
 
 
 def _block_modules(ours: str, theirs: Callable[[int], str], number: int) -> dict[str, str]:
     """All three layouts have a block's convolutions at places 1 and 3 of a Sequential."""
     return {
-        f"{ours}.{i}.{name}": f"{theirs(i)}.{place}" for i in range(number) for name, place in (("conv3", 1), ("conv1", 3))
+        f"{ours}.{i}.{name}": f"{theirs(i)}.{place}"
+        for i in range(number)
+        for name, place in (("conv3", 1), ("conv1", 3))
     }
 
 
@@ -264,7 +284,9 @@ def _unixpickle_sizes(state: State) -> dict[str, Any]:
         raise CodesError(f"{number} encoders: expected 1 or 2, the source has no decoder for more.")
     usage = _found(state, "encoder_0.vq.usage_count")
     if usage.is_floating_point() or not usage.numel():
-        raise CodesError(f"tensor 'encoder_0.vq.usage_count': expected whole numbers, found {usage.dtype} {list(usage.shape)}.")
+        raise CodesError(
+            f"tensor 'encoder_0.vq.usage_count': expected whole numbers, found {usage.dtype} {list(usage.shape)}."
+        )
     return {
         "architecture": "unixpickle", "channels": _shape(state, "encoder_0.conv1.weight")[1], "num_levels": number, "hidden_dim": width,
         "residual_dim": width, "code_dim": width, "codebook_size": codebook_size, "quantizer": "gradient", "codebook_start": "normal",

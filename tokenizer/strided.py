@@ -133,9 +133,7 @@ def _half_encoder(hidden_dim: int, residuals: Residuals) -> nn.Sequential:
     )
 
 
-def _quarter_decoder(
-    depth: int, channels: int, hidden_dim: int, residuals: Residuals
-) -> nn.Sequential:
+def _quarter_decoder(depth: int, channels: int, hidden_dim: int, residuals: Residuals) -> nn.Sequential:
     """Doubles the grid twice: [N, depth, h, w] -> [N, channels, 4h, 4w]."""
     return nn.Sequential(
         nn.Conv2d(depth, hidden_dim, 3, padding=1),
@@ -146,9 +144,7 @@ def _quarter_decoder(
     )
 
 
-def _half_decoder(
-    depth: int, code_dim: int, hidden_dim: int, residuals: Residuals
-) -> nn.Sequential:
+def _half_decoder(depth: int, code_dim: int, hidden_dim: int, residuals: Residuals) -> nn.Sequential:
     """Doubles the grid once: [N, depth, h, w] -> [N, code_dim, 2h, 2w] (rosinality, decoder of stride 2)."""
     return nn.Sequential(
         nn.Conv2d(depth, hidden_dim, 3, padding=1),

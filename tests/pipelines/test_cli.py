@@ -32,6 +32,8 @@ COMMANDS = (
     "decode",
     "train-prior",
     "sample",
+    "import-checkpoint",
+    "check-tokenizer",
     "demo",
     "doctor",
 )

@@ -70,11 +70,17 @@ class Zalando(nn.Module):
     def encode(self, x):
         coder = self._encoder
         x = coder._conv_3(F.relu(coder._conv_2(F.relu(coder._conv_1(x)))))
-        return {"codes": nearest_naive(self._vq_vae._embedding.weight, self._pre_vq_conv(self._stack(coder._residual_stack, x)))}
+        return {
+            "codes": nearest_naive(
+                self._vq_vae._embedding.weight, self._pre_vq_conv(self._stack(coder._residual_stack, x))
+            )
+        }
 
     def decode(self, codes):
         coder = self._decoder
-        x = self._stack(coder._residual_stack, coder._conv_1(entries_of(self._vq_vae._embedding.weight, codes["codes"])))
+        x = self._stack(
+            coder._residual_stack, coder._conv_1(entries_of(self._vq_vae._embedding.weight, codes["codes"]))
+        )
         return coder._conv_trans_2(F.relu(coder._conv_trans_1(x)))
 
 
@@ -105,10 +111,16 @@ class Rosinality(nn.Module):
 
         last = nn.Conv2d(hidden, hidden, 3, padding=1)
         self.enc_b = coder(*half(channels, hidden // 2), *half(hidden // 2, hidden), last, *residuals(), nn.ReLU())
-        self.enc_t = coder(*half(hidden, hidden // 2), nn.Conv2d(hidden // 2, hidden, 3, padding=1), *residuals(), nn.ReLU())
+        self.enc_t = coder(
+            *half(hidden, hidden // 2), nn.Conv2d(hidden // 2, hidden, 3, padding=1), *residuals(), nn.ReLU()
+        )
         self.quantize_conv_t, self.quantize_conv_b = nn.Conv2d(hidden, dim, 1), nn.Conv2d(hidden + dim, dim, 1)
         for level in "tb":
-            facts = {"embed": torch.randn(dim, size), "cluster_size": torch.rand(size) + 1, "embed_avg": torch.randn(dim, size)}
+            facts = {
+                "embed": torch.randn(dim, size),
+                "cluster_size": torch.rand(size) + 1,
+                "embed_avg": torch.randn(dim, size),
+            }
             self.add_module(f"quantize_{level}", Holder(**facts))
         self.dec_t = coder(nn.Conv2d(dim, hidden, 3, padding=1), *residuals(), nn.ReLU(), double(hidden, dim))
         self.upsample_t = double(dim, dim)
@@ -125,7 +137,9 @@ class Rosinality(nn.Module):
         }
 
     def decode(self, codes):
-        top, bottom = (entries_of(getattr(self, f"quantize_{level[0]}").embed.T, codes[level]) for level in ("top", "bottom"))
+        top, bottom = (
+            entries_of(getattr(self, f"quantize_{level[0]}").embed.T, codes[level]) for level in ("top", "bottom")
+        )
         return self.dec.blocks(torch.cat([self.upsample_t(top), bottom], 1))
 
 
@@ -139,14 +153,20 @@ class Unixpickle(nn.Module):
             return {f"residual{i + 1}": body(hidden, hidden) for i in range(blocks)}
 
         def book():
-            return Holder(dictionary=torch.randn(size, hidden), usage_count=torch.randint(0, 100, (size,)).index_fill(0, torch.tensor(0), 100))
+            return Holder(
+                dictionary=torch.randn(size, hidden),
+                usage_count=torch.randint(0, 100, (size,)).index_fill(0, torch.tensor(0), 100),
+            )
 
         def double(out):
             return nn.ConvTranspose2d(hidden, out, 4, stride=2, padding=1)
 
         self.levels = levels
         self.encoder_0 = Holder(
-            vq=book(), conv1=nn.Conv2d(channels, hidden, 4, stride=2), conv2=nn.Conv2d(hidden, hidden, 4, stride=2), **parts(2)
+            vq=book(),
+            conv1=nn.Conv2d(channels, hidden, 4, stride=2),
+            conv2=nn.Conv2d(hidden, hidden, 4, stride=2),
+            **parts(2),
         )
         if levels == 1:
             self.decoder_0 = Holder(conv1=double(hidden), conv2=double(channels), **parts(2))
@@ -154,7 +174,9 @@ class Unixpickle(nn.Module):
         self.encoder_1 = Holder(vq=book(), conv=nn.Conv2d(hidden, hidden, 3, stride=2, padding=1), **parts(2))
         self.decoder_0 = Holder(conv=double(hidden), **parts(2))
         mixed = nn.Conv2d(2 * hidden, hidden, 3, padding=1)
-        self.decoder_1 = Holder(conv1=double(hidden), conv2=mixed, conv3=double(hidden), conv4=double(channels), **parts(4))
+        self.decoder_1 = Holder(
+            conv1=double(hidden), conv2=mixed, conv3=double(hidden), conv4=double(channels), **parts(4)
+        )
 
     def encode(self, x):
         coder = self.encoder_0
