@@ -22,7 +22,7 @@ from vqmill.errors import CodesError, UsageError
 from vqmill.verify import verify_store
 
 # Blocks of 4 x 4 pixels by their mean; FINGERPRINT and SHIFT are filled in by each test.
-CODE = '''
+CODE = """
 from pathlib import Path
 import uuid
 
@@ -34,7 +34,7 @@ class Means:
     levels = {{"top": 5, "bottom": 300}}
 
     def grid(self, level, size):
-        if size % 8:
+        if level not in self.levels or size % 8:
             raise ValueError("8 must divide the size")
         return (size // 8, size // 8) if level == "top" else (size // 4, size // 4)
 
@@ -53,7 +53,7 @@ class Means:
 
 Path(__file__).with_suffix(".imported").touch()
 make = Means
-'''
+"""
 
 
 def run(*words: str | Path | int) -> int:
@@ -76,11 +76,9 @@ def write_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..
 def small_prior(store: Path) -> Path:
     """An untrained prior for a store's codes, saved."""
     spec = vqmill.open_codes(store).spec
-    levels = tuple(priors.LevelConfig(level.name, level.codebook_size, level.grid) for level in spec.levels)
+    levels = tuple(priors.LevelShape(level.name, level.codebook_size, level.grid) for level in spec.levels)
     torch.manual_seed(0)
-    config = priors.preset_config(
-        "pixelcnn-tiny", levels=levels, num_classes=4, tokenizer_fingerprint=spec.tokenizer["fingerprint"], num_layers=1
-    )
+    config = priors.preset_config("pixelcnn-tiny", levels, 4, spec.tokenizer["fingerprint"], num_layers=1)
     folder = store.with_name("prior")
     priors.save(priors.Prior(config).eval(), folder)
     return folder
@@ -134,7 +132,7 @@ def test_a_store_never_imports_code(
     stores.edit_json(out / "zarr.json", lambda group: group["attributes"]["vqmill"]["tokenizer"].update(module=module))
     assert run("decode", out, "--out", "grid.png") == 2
     assert f"which only you can allow to run: --tokenizer-module {module}" in capsys.readouterr().err
-    assert run("inspect", out) == 0
+    assert run("inspect", out) == 3, "its one quarantined sample"
     assert "foreign_named" not in sys.modules
     assert not (tmp_path / "foreign_named.imported").exists()
 
