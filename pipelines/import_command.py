@@ -90,5 +90,6 @@ def _tensors(data: bytes, file: Path) -> tuple[dict[str, torch.Tensor], list[str
 
 def _reason(error: Exception) -> str:
     """The line of torch's message that says what is wrong; others advise to load without the safeguard."""
-    text = str(error).partition("WeightsUnpickler error:")[2] or str(error) or type(error).__name__
-    return text.strip().splitlines()[0]
+    text = str(error).partition("WeightsUnpickler error:")[2] or str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("Weights only load")]
+    return lines[0] if lines else type(error).__name__

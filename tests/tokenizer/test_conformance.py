@@ -52,7 +52,7 @@ def test_ours_and_a_plain_one_pass():
     for overrides in ({}, {"num_quantizers": 3, "num_levels": 2}):
         config = TokenizerConfig(size=16, hidden_dim=8, residual_dim=4, code_dim=4, codebook_size=16, **overrides)
         model = Tokenizer(config).eval()
-        assert [check.problem for check in check_tokenizer(lambda: model)] == [""] * 8
+        assert [check.problem for check in check_tokenizer(lambda model=model: model)] == [""] * 8
     assert [check.problem for check in check_tokenizer(Means)] == [""] * 8
 
 
