@@ -14,6 +14,7 @@ from pipelines.corpus.images import Preprocessing
 from pipelines.corpus.plan import Plan, plan_corpus
 from pipelines.corpus.samples import read_samples
 from pipelines.encoder import Encoding, SpanEncoder
+from pipelines.foreign import packed
 from pipelines.memory import keep_freed_memory
 from pipelines.scenes import write_corpus
 
@@ -40,7 +41,7 @@ def encoding(folder: Path) -> Iterator[Line]:
     keep_freed_memory()
     plan = _scenes(folder)
     model = tokenizer.from_preset("rgb32").eval()
-    encoder = SpanEncoder(tokenizer.dumps(model), Preprocessing(size=32, channels=3), Encoding(), "cpu")
+    encoder = SpanEncoder(packed(model), Preprocessing(size=32, channels=3), Encoding(), "cpu")
     images = torch.zeros(32, 3, 32, 32, dtype=torch.uint8)
 
     def ours() -> int:

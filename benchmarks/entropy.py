@@ -21,6 +21,7 @@ from benchmarks.stores import ROWS_PER_SHARD, entropy, store_spec, write_store
 from pipelines.corpus.images import Preprocessing
 from pipelines.corpus.plan import plan_corpus
 from pipelines.encoder import Encoding, SpanEncoder
+from pipelines.foreign import packed
 from pipelines.options import FitFlags
 from pipelines.scenes import write_corpus
 from pipelines.train_tokenizer import train_tokenizer
@@ -80,9 +81,7 @@ def _trained(folder: Path) -> tuple[Path, str]:
     train_tokenizer(corpus, folder / "tokenizer", preset="rgb32", config=config, size=None, holdout=0.05, flags=flags)
     model = tokenizer.load(folder / "tokenizer")
     size = model.config.size
-    encoder = SpanEncoder(
-        tokenizer.dumps(model), Preprocessing(size=size, channels=model.config.channels), Encoding(), "cpu"
-    )
+    encoder = SpanEncoder(packed(model), Preprocessing(size=size, channels=model.config.channels), Encoding(), "cpu")
     spans = [span.codes for shard in plan_corpus(corpus).shards for span in encoder.spans(shard)]
     levels = tuple(
         LevelSpec(name, model.config.codebook_size, model.config.grid(name, size)) for name in model.config.level_names

@@ -104,7 +104,7 @@ def evaluate(
 
 @app.command
 def tokenize(
-    corpus: str, /, *, tokenizer: Path, out: Path, size: int | None = None, workers: int | None = None, batch_size: int = 32,
+    corpus: str, /, *, tokenizer: Path | None = None, tokenizer_module: str | None = None, out: Path, size: int | None = None, workers: int | None = None, batch_size: int = 32,
     shard_rows: int | None = None, codec: Codec = "auto", precision: Precision = "fp32", device: Device = "auto",
     dry_run: Annotated[bool, Parameter(negative="")] = False, common: Common = Common(),
 ) -> int:  # fmt: skip
@@ -115,7 +115,9 @@ def tokenize(
 
     Args:
         corpus: a folder of images, quoted tar shards, or torchvision:NAME?root=DIR.
-        tokenizer: the folder that train-tokenizer wrote.
+        tokenizer: the folder that train-tokenizer or import-checkpoint wrote.
+        tokenizer_module: instead, package.module:factory, your own code: installed, or found from the current directory. It makes an object
+            with the methods that docs/tokenizer-protocol.md describes; try it with check-tokenizer.
         out: the store to make, for example codes.zarr.
         size: side in pixels that images are resized and cropped to; the tokenizer's training size if not given.
         workers: encoder processes; one for each core, or GPU, if not given.
@@ -129,7 +131,7 @@ def tokenize(
     from pipelines.tokenize_command import tokenize as job
 
     return _run(common, lambda: job(
-        corpus, tokenizer, out, size=size, workers=workers, batch_size=batch_size, shard_rows=shard_rows, codec=codec,
+        corpus, tokenizer, out, module=tokenizer_module, size=size, workers=workers, batch_size=batch_size, shard_rows=shard_rows, codec=codec,
         precision=precision, device=device, dry_run=dry_run,
     ))  # fmt: skip
 
@@ -241,7 +243,7 @@ def slice_store(
 
 @app.command
 def decode(
-    store: Path, /, *, out: Path, rows: str = "0:16", tokenizer: Path | None = None, originals: str | None = None,
+    store: Path, /, *, out: Path, rows: str = "0:16", tokenizer: Path | None = None, tokenizer_module: str | None = None, originals: str | None = None,
     columns: int | None = None, common: Common = Common(),
 ) -> int:  # fmt: skip
     """Turn codes back into pictures: original (if wanted) | reconstruction | codes.
@@ -251,14 +253,15 @@ def decode(
         out: the PNG to write.
         rows: START:STOP, which rows to show.
         tokenizer: the folder of the tokenizer that made the codes; the one recorded beside the store if not given.
+        tokenizer_module: package.module:factory, when your own code made them; a store never imports code by itself.
         originals: the corpus that was tokenized, to show the original images beside.
         columns: images in a row of each panel.
     """
     from pipelines.decode import decode as job
 
-    return _run(
-        common, lambda: job(store, out, rows=rows, tokenizer_path=tokenizer, originals=originals, columns=columns)
-    )
+    return _run(common, lambda: job(
+        store, out, rows=rows, tokenizer_path=tokenizer, module=tokenizer_module, originals=originals, columns=columns,
+    ))  # fmt: skip
 
 
 @app.command
@@ -284,7 +287,7 @@ def train_prior(
 
 @app.command
 def sample(
-    prior: Path, /, *, tokenizer: Path, out: Path, num: int = 64, seed: int = 0, label: str | None = None, temperature: float = 1.0,
+    prior: Path, /, *, tokenizer: Path | None = None, tokenizer_module: str | None = None, out: Path, num: int = 64, seed: int = 0, label: str | None = None, temperature: float = 1.0,
     codes: Path | None = None, columns: int | None = None, batch_size: int = 64, device: Device = "auto", common: Common = Common(),
 ) -> int:  # fmt: skip
     """Draw new images: label -> top -> bottom -> pixels.
@@ -292,6 +295,7 @@ def sample(
     Args:
         prior: the folder that train-prior wrote.
         tokenizer: the folder of the tokenizer that the prior is bound to.
+        tokenizer_module: instead, package.module:factory, when your own code made the codes.
         out: the PNG to write.
         num: how many images.
         seed: of the noise; image i depends on the seed and i only.
@@ -305,7 +309,7 @@ def sample(
     from pipelines.sample import sample as job
 
     return _run(common, lambda: job(
-        prior, tokenizer, out, num=num, seed=seed, label=label, temperature=temperature, codes=codes, columns=columns,
+        prior, tokenizer, out, module=tokenizer_module, num=num, seed=seed, label=label, temperature=temperature, codes=codes, columns=columns,
         batch_size=batch_size, device=device,
     ))  # fmt: skip
 
@@ -333,6 +337,22 @@ def import_checkpoint(
     from pipelines.import_command import import_checkpoint as job
 
     return _run(common, lambda: job(file, out, layout=layout, size=size, pixel_range=pixel_range))
+
+
+@app.command
+def check_tokenizer(module: str, /, *, common: Common = Common()) -> int:
+    """Check that your own tokenizer keeps to the protocol, before --tokenizer-module is given to other commands.
+
+        vqmill check-tokenizer my_models.vqgan:make
+
+    The factory is called twice; a few made-up images are encoded and decoded. Exit code 1 when a check fails.
+
+    Args:
+        module: package.module:factory, installed, or found from the current directory.
+    """
+    from pipelines.check_tokenizer import check_tokenizer as job
+
+    return _run(common, lambda: job(module))
 
 
 @app.command

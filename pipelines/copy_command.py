@@ -121,7 +121,7 @@ def _copy(sources: Sequence[Source], out: Path, spec: StoreSpec, lines: list[str
     if made.mended:
         mended = ", ".join(map(str, made.mended))
         lines = [f"made again, as files of them were missing or damaged: Zarr shards {mended}", *lines]
-    if tokenizer is None:
+    if tokenizer is None and "module" not in spec.tokenizer:
         lines = [
             *lines,
             f"no record says where the tokenizer is: name it for `vqmill decode {out}` with --tokenizer DIR",

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-import tokenizer
 from pipelines.corpus.decoding import decode_sample
 from pipelines.corpus.images import Preprocessing
 from pipelines.corpus.plan import Plan, plan_corpus
 from pipelines.corpus.samples import read_samples
+from pipelines.foreign import FLAG, load_tokenizer
 from pipelines.options import choose_device, row_range
 from pipelines.pictures import (
     Panel,
@@ -26,6 +26,7 @@ from pipelines.pictures import (
 )
 from pipelines.results import Result
 from pipelines.tokenize_command import recorded_tokenizer
+from tokenizer.protocol import ImageTokenizer
 from vqmill import Codes, open_codes
 from vqmill.commits import Counts
 from vqmill.errors import CodesError, UsageError
@@ -35,12 +36,19 @@ MAX_ROWS = 4096  # of one picture
 
 
 def decode(
-    store: Path, out: Path, *, rows: str, tokenizer_path: Path | None, originals: str | None, columns: int | None
+    store: Path,
+    out: Path,
+    *,
+    rows: str,
+    tokenizer_path: Path | None,
+    module: str | None,
+    originals: str | None,
+    columns: int | None,
 ) -> Result:
     """Runs the command; see `vqmill decode --help`."""
     codes = open_codes(store, allow_incomplete=True)
     first, stop = _row_range(rows, len(codes))
-    model = load_tokenizer_of(codes, tokenizer_path)
+    model = load_tokenizer_of(codes, tokenizer_path, module)
     settings = {
         "segments": [segment.plan for segment in codes.spec.segments],
         "tokenizer": model.fingerprint,
@@ -56,9 +64,7 @@ def decode(
     side = images.shape[-1]
     panels = [Panel("reconstruction", images)]
     if plan:
-        panels.insert(
-            0, Panel("original", original_images(plan, codes, range(first, stop), side, model.config.channels))
-        )
+        panels.insert(0, Panel("original", original_images(plan, codes, range(first, stop), side, model.channels)))
     panels += code_panels(wanted, side)
     picture = side_by_side(panels, columns or max(1, round((stop - first) ** 0.5)), good_scale(side))
     save_picture(out, picture, settings)
@@ -70,31 +76,38 @@ def decode(
     )
 
 
-def load_tokenizer_of(codes: Codes, path: Path | None) -> tokenizer.Tokenizer:
-    """The tokenizer that made a store, from a path or from the record beside the store.
+def load_tokenizer_of(codes: Codes, path: Path | None, module: str | None) -> ImageTokenizer:
+    """The tokenizer that made a store: as the flags say, or without them as the record beside the store says.
+
+    Code is imported only when the user names it, never because a store does.
 
     Raises:
         UsageError: another tokenizer, or none is known.
     """
-    place = path or recorded_tokenizer(codes.path)
-    model = tokenizer.load(place)
-    wanted = codes.spec.tokenizer["fingerprint"]
+    if path is None and module is None:
+        if recorded := codes.spec.tokenizer.get("module"):
+            raise UsageError(
+                f"{codes.path}: was made by a tokenizer outside of vqmill, which only you can allow to run: {FLAG} {recorded}"
+            )
+        path = recorded_tokenizer(codes.path)
+    model = load_tokenizer(path, module)
+    place, wanted = path or module, codes.spec.tokenizer["fingerprint"]
     if model.fingerprint != wanted:
         raise UsageError(
             f"{place} holds tokenizer {model.fingerprint}, but {codes.path} was made by {wanted}: its codes mean something else "
             "there. Name the folder of that tokenizer with --tokenizer."
         )
-    return model.to(choose_device("auto")).eval()
+    model.to(choose_device("auto"))
+    return model
 
 
-def decode_rows(model: tokenizer.Tokenizer, codes: dict[str, np.ndarray[Any, Any]]) -> Pixels:
-    """Codes [N, h, w] by level -> uint8 [N, C, H, W]."""
-    device = next(model.parameters()).device
+def decode_rows(model: ImageTokenizer, codes: dict[str, np.ndarray[Any, Any]]) -> Pixels:
+    """Codes [N, *grid] by level -> uint8 [N, C, H, W]."""
     number = len(next(iter(codes.values())))
     parts = []
     for first in range(0, number, BATCH_ROWS):
         batch = {
-            name: torch.from_numpy(values[first : first + BATCH_ROWS].astype(np.int64)).to(device)
+            name: torch.from_numpy(values[first : first + BATCH_ROWS].astype(np.int64))
             for name, values in codes.items()
         }
         parts.append(model.decode(batch).cpu().numpy())

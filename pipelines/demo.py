@@ -79,7 +79,7 @@ def _chain(work: Path, workers: int, say: Callable[[str], None]) -> Result:
     with ray_cluster(workers):
         say(f"tokenizing on Ray with {workers} encoder actors")
         made = tokenize(
-            corpus, work / "tokenizer", work / "codes.zarr", size=None, workers=workers, batch_size=32, shard_rows=SHARD_ROWS,
+            corpus, work / "tokenizer", work / "codes.zarr", module=None, size=None, workers=workers, batch_size=32, shard_rows=SHARD_ROWS,
             codec="auto", precision="fp32", device="cpu", dry_run=False,
         )  # fmt: skip
     say(f"training a PixelCNN on the codes ({PRIOR_FLAGS.steps} steps a level)")

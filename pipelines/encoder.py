@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -12,12 +12,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-import tokenizer
 from pipelines.corpus.decoding import decode_sample
 from pipelines.corpus.images import Decoded, Preprocessing
 from pipelines.corpus.plan import InputShard
 from pipelines.corpus.problems import BadImage
 from pipelines.corpus.samples import RawSample, SampleRef, list_samples, load_sample
+from tokenizer.protocol import ImageTokenizer
 from vqmill.commits import Counts
 from vqmill.spec import dtype_for
 from vqmill.tables import QUARANTINE_SCHEMA, SAMPLES_SCHEMA
@@ -65,12 +65,17 @@ class SpanEncoder:
     """Decodes and encodes on one device. Codes are a function of the input shard, the tokenizer, and `describe_device`."""
 
     def __init__(
-        self, checkpoint: bytes, preprocessing: Preprocessing, encoding: Encoding, device: str, num_threads: int = 2
+        self,
+        build: Callable[[], ImageTokenizer],
+        preprocessing: Preprocessing,
+        encoding: Encoding,
+        device: str,
+        num_threads: int = 2,
     ) -> None:
         """Loads the tokenizer.
 
         Args:
-            checkpoint: the bytes of a tokenizer's checkpoint file.
+            build: makes it; see `foreign.packed`.
             preprocessing: size, channels and crop.
             encoding: batch size and precision.
             device: `cpu`, `cuda` or another torch device.
@@ -79,9 +84,11 @@ class SpanEncoder:
         torch.set_num_threads(1)  # one actor a core; more threads would also change the order of additions
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
         self._device = torch.device(device)
-        self._tokenizer = tokenizer.loads(checkpoint).to(self._device).eval()
+        self._tokenizer = build()
+        self._tokenizer.to(self._device)
         self._preprocessing, self._encoding = preprocessing, encoding
-        self._dtype = dtype_for(self._tokenizer.config.codebook_size)  # int64 would weigh four to eight times as much
+        # int64 would weigh four to eight times as much
+        self._dtypes = {level: dtype_for(size) for level, size in self._tokenizer.levels.items()}
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
 
     def spans(self, shard: InputShard, first_span: int = 0, stop_span: int | None = None) -> Iterator[Span]:
@@ -127,7 +134,10 @@ class SpanEncoder:
             with torch.autocast(self._device.type, torch.bfloat16, enabled=self._encoding.precision == "bf16"):
                 codes = self._tokenizer.encode(torch.from_numpy(batch).to(self._device, non_blocking=True))
             parts.append(
-                {level: values[: len(images)].cpu().numpy().astype(self._dtype) for level, values in codes.items()}
+                {
+                    level: values[: len(images)].cpu().numpy().astype(self._dtypes[level])
+                    for level, values in codes.items()
+                }
             )
         return {level: np.concatenate([part[level] for part in parts]) for level in parts[0]} if parts else {}
 

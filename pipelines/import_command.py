@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +28,15 @@ def import_checkpoint(
     """Runs the command; see `vqmill import-checkpoint --help`."""
     if not file.is_file():
         raise UsageError(f"{file}: no such file. Name the .pt file that a training of {layout}'s wrote.")
-    state, notes = _read(file)
+    data = file.read_bytes()
+    state, notes = _tensors(data, file)
     try:
         model = convert(state, layout, size=size, pixel_range=RANGES[pixel_range] if pixel_range else None)
     except CodesError as error:
         raise CodesError(f"{file}: {error}") from error
     config = model.config
     settings = {
-        "command": "import-checkpoint", "layout": layout, "sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
+        "command": "import-checkpoint", "layout": layout, "sha256": hashlib.sha256(data).hexdigest(),
         "tokenizer": config.to_dict(),
     }  # fmt: skip
     require_room(out, 4 * sum(tensor.numel() for tensor in model.state_dict().values()))
@@ -62,35 +65,31 @@ def _assumed(flag: str, value: str, *, given: bool, layout: str) -> str:
     return f"{flag}: {value}" + ("" if given else f" (no tensor tells; as {layout} trains. Otherwise say --{flag})")
 
 
-def _read(file: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """The tensors of a `.pt` file; nothing in it is run.
+def _tensors(data: bytes, file: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """The tensors of a `.pt` file, and what there is to say about them; nothing in it is run.
 
     Raises:
         CodesError: not a checkpoint, damaged, or it needs code to be read.
     """
     try:
-        loaded: Any = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CodesError(
-            f"{file}: refused, as reading it would run code, or it is no checkpoint of torch ({_first_line(error)}). In the project that wrote "
-            "it, save the weights alone: torch.save(model.state_dict(), 'weights.pt')."
-        ) from error
-    except (
-        RuntimeError,
-        EOFError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-    ) as error:  # what damage leads to
-        raise CodesError(
-            f"{file}: not a whole checkpoint of torch ({_first_line(error)}). Restore it from a copy."
-        ) from error
-    try:
+        with warnings.catch_warnings(action="ignore"):  # of old protocols; what cannot be read is an error
+            loaded: Any = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         return unwrap(loaded)
     except CodesError as error:
         raise CodesError(f"{file}: {error}") from error
+    except pickle.UnpicklingError as error:
+        raise CodesError(
+            f"{file}: refused, as it is no checkpoint of torch, or reading it would run code ({_reason(error)}). In the project that wrote it, "
+            "save the weights alone: torch.save(model.state_dict(), 'weights.pt')."
+        ) from error
+    except Exception as error:  # damage leads to almost any
+        raise CodesError(
+            f"{file}: not a whole checkpoint of torch ({_reason(error)}). Restore it from a copy."
+        ) from error
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _reason(error: Exception) -> str:
+    """The line of torch's message that says what is wrong; others advise to load without the safeguard."""
+    text = str(error).partition("WeightsUnpickler error:")[2] or str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith("Weights only load")]
+    return lines[0] if lines else type(error).__name__

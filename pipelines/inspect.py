@@ -93,6 +93,8 @@ def _origin(spec: StoreSpec) -> str:
     if drawn := spec.corpus.get("sampled"):
         return f"drawn by prior {drawn['prior']}, label {drawn['label']}, seed {drawn['seed']}; for tokenizer {fingerprint}"
     made = f"{spec.tokenizer.get('preset')}, {spec.tokenizer.get('precision')}"
+    if module := spec.tokenizer.get("module"):
+        made += f"; --tokenizer-module {module}"
     return f"made from {spec.corpus.get('description')} by tokenizer {fingerprint} ({made})"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
@@ -13,6 +13,7 @@ from pipelines.corpus.images import Preprocessing
 from pipelines.corpus.plan import InputShard
 from pipelines.encoder import Encoding, Span, SpanEncoder, describe_device
 from pipelines.errors import RunFailed
+from tokenizer.protocol import ImageTokenizer
 from vqmill.errors import CodesError
 
 
@@ -20,8 +21,10 @@ from vqmill.errors import CodesError
 class EncoderActor:
     """Owns one device and its decode threads; pixels never leave it."""
 
-    def __init__(self, checkpoint: bytes, preprocessing: Preprocessing, encoding: Encoding, device: str) -> None:
-        self._encoder = SpanEncoder(checkpoint, preprocessing, encoding, device)
+    def __init__(
+        self, build: Callable[[], ImageTokenizer], preprocessing: Preprocessing, encoding: Encoding, device: str
+    ) -> None:
+        self._encoder = SpanEncoder(build, preprocessing, encoding, device)
         self._device = device
 
     def describe(self) -> str:

@@ -10,13 +10,14 @@ import pyarrow as pa
 import torch
 
 import priors
-import tokenizer
+from pipelines.foreign import load_tokenizer, store_record
 from pipelines.options import Device, choose_device
 from pipelines.outputs import require_room, run_record
 from pipelines.pictures import check_columns, check_picture, good_scale, image_grid, save_picture
 from pipelines.progress import meter
 from pipelines.results import Result
-from pipelines.tokenize_command import relative_to_store, run_file
+from pipelines.tokenize_command import run_file, tokenizer_place
+from tokenizer.protocol import ImageTokenizer
 from vqmill.commits import Counts, Cursor
 from vqmill.errors import CodesError, UsageError
 from vqmill.files import canonical_json, write_whole
@@ -28,11 +29,11 @@ from vqmill.writer import StoreWriter, write_shard
 
 
 def sample(
-    prior_path: Path, tokenizer_path: Path, out: Path, *, num: int, seed: int, label: str | None, temperature: float,
+    prior_path: Path, tokenizer_path: Path | None, out: Path, *, module: str | None, num: int, seed: int, label: str | None, temperature: float,
     codes: Path | None, columns: int | None, batch_size: int, device: Device,
 ) -> Result:  # fmt: skip
     """Runs the command; see `vqmill sample --help`."""
-    prior, model = priors.load(prior_path), tokenizer.load(tokenizer_path)
+    prior, model = priors.load(prior_path), load_tokenizer(tokenizer_path, module)
     labels = _labels(label, num, prior.config.num_classes)
     settings = {
         "prior": prior.fingerprint, "tokenizer": model.fingerprint, "num": num, "seed": seed, "label": label,
@@ -41,11 +42,11 @@ def sample(
     try:
         prior.config.check_tokenizer(model.fingerprint)
     except CodesError as error:
-        raise UsageError(f"{prior_path} with {tokenizer_path}: {error}") from error
+        raise UsageError(f"{prior_path} with {tokenizer_path or module}: {error}") from error
     check_picture(out, settings)
     check_columns(columns)
     chosen = choose_device(device)
-    spec = _spec(prior, settings)
+    spec = _spec(prior, model, settings)
     if codes is not None:
         require_room(codes, num * spec.row_bytes)
         StoreWriter(codes, spec).close()  # refuses a place that holds something else, before the drawing
@@ -73,7 +74,7 @@ def sample(
         _write_codes(codes, spec, {name: values.numpy() for name, values in drawn.items()}, labels, images.shape[-1])
         write_whole(
             run_file(codes),
-            canonical_json(run_record(tokenizer=relative_to_store(tokenizer_path, codes), settings=settings)),
+            canonical_json(run_record(**tokenizer_place(tokenizer_path, module, codes), settings=settings)),
         )
         lines.append(f"made {codes}: {num} rows")
         facts["codes"] = str(codes)
@@ -104,23 +105,23 @@ def _labels(label: str | None, num: int, num_classes: int) -> torch.Tensor | Non
 
 
 def _decode(
-    model: tokenizer.Tokenizer, codes: dict[str, torch.Tensor], device: str, batch_size: int
+    model: ImageTokenizer, codes: dict[str, torch.Tensor], device: str, batch_size: int
 ) -> np.ndarray[Any, Any]:
     model.to(device)
     number = len(next(iter(codes.values())))
     parts = []
     for first in range(0, number, batch_size):
-        batch = {name: values[first : first + batch_size].to(device) for name, values in codes.items()}
+        batch = {name: values[first : first + batch_size] for name, values in codes.items()}
         parts.append(model.decode(batch).cpu())
     return torch.cat(parts).numpy()
 
 
-def _spec(prior: priors.Prior, settings: dict[str, Any]) -> StoreSpec:
+def _spec(prior: priors.Prior, model: ImageTokenizer, settings: dict[str, Any]) -> StoreSpec:
     levels = tuple(LevelSpec(level.name, level.codebook_size, level.grid) for level in prior.config.levels)
     return StoreSpec(
         levels=levels,
         rows_per_shard=default_rows_per_shard(levels),
-        tokenizer={"fingerprint": settings["tokenizer"]},
+        tokenizer={name: value for name, value in store_record(model).items() if name != "preset"},
         corpus={"sampled": settings},
         segments=(Segment(f"sampled from {settings['prior']}", 0, 0, 1, settings["num"]),),
     )

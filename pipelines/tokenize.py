@@ -12,19 +12,20 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import tokenizer
 from pipelines.assembly import ArrivedSpan, extend, mend
 from pipelines.cluster import ray_cluster
 from pipelines.corpus.images import Preprocessing
 from pipelines.corpus.plan import Plan
 from pipelines.encoder import Encoding, describe_device
 from pipelines.errors import RunFailed
+from pipelines.foreign import packed, store_record
 from pipelines.growth import grows, require_same_job, stages
 from pipelines.outputs import require_room
 from pipelines.spans import Encoders
+from tokenizer.protocol import ImageTokenizer, level_specs
 from vqmill.commits import Counts, Cursor
 from vqmill.layout import read_spec
-from vqmill.spec import LevelSpec, Segment, StoreSpec, default_rows_per_shard, usable_rows_per_shard
+from vqmill.spec import Segment, StoreSpec, default_rows_per_shard, usable_rows_per_shard
 from vqmill.store import open_codes
 from vqmill.writer import StoreWriter
 
@@ -79,21 +80,16 @@ class TokenizeResult:
     seconds: float
 
 
-def store_spec(plan: Plan, model: tokenizer.Tokenizer, options: TokenizeOptions) -> StoreSpec:
+def store_spec(plan: Plan, model: ImageTokenizer, options: TokenizeOptions) -> StoreSpec:
     """The specification of the store that a job would make."""
-    grids = {name: model.config.grid(name, options.size) for name in model.config.level_names}
-    levels = tuple(
-        LevelSpec(name, model.config.codebook_size, grid, outer="depth" if len(grid) == 3 else "time")
-        for name, grid in grids.items()
-    )
+    levels = level_specs(model, options.size)
     wanted = options.rows_per_shard
     rows_per_shard = usable_rows_per_shard(levels, wanted) if wanted else default_rows_per_shard(levels)
     return StoreSpec(
         levels=levels,
         rows_per_shard=rows_per_shard,
         tokenizer={
-            "fingerprint": model.fingerprint,
-            "preset": model.config.preset,
+            **store_record(model),
             "computed_on": describe_device(options.device),
             **asdict(options.encoding),
         },
@@ -109,13 +105,13 @@ def store_spec(plan: Plan, model: tokenizer.Tokenizer, options: TokenizeOptions)
     )
 
 
-def _preprocessing(model: tokenizer.Tokenizer, options: TokenizeOptions) -> Preprocessing:
-    return Preprocessing(size=options.size, channels=model.config.channels)
+def _preprocessing(model: ImageTokenizer, options: TokenizeOptions) -> Preprocessing:
+    return Preprocessing(size=options.size, channels=model.channels)
 
 
 def tokenize_corpus(
     plan: Plan,
-    model: tokenizer.Tokenizer,
+    model: ImageTokenizer,
     out: Path,
     options: TokenizeOptions,
     progress: Callable[[int, int, str], None],
@@ -175,7 +171,7 @@ class _Outcome:
 
 def _carry_out(
     plan: Plan,
-    model: tokenizer.Tokenizer,
+    model: ImageTokenizer,
     out: Path,
     options: TokenizeOptions,
     progress: Callable[[int, int, str], None],
@@ -200,7 +196,7 @@ def _carry_out(
 
 
 def _run(
-    plan: Plan, model: tokenizer.Tokenizer, writer: StoreWriter, missing: list[int], options: TokenizeOptions,
+    plan: Plan, model: ImageTokenizer, writer: StoreWriter, missing: list[int], options: TokenizeOptions,
     progress: Callable[[int, int, str], None],
 ) -> None:  # fmt: skip
     """Makes again what is missing of the committed Zarr shards, then encodes what is not committed."""
@@ -209,7 +205,7 @@ def _run(
     from pipelines.remote import EncoderActor, RayHands
 
     gpus = 1 if options.device.startswith("cuda") else 0
-    arguments = (ray.put(tokenizer.dumps(model)), _preprocessing(model, options), options.encoding, options.device)
+    arguments = (ray.put(packed(model)), _preprocessing(model, options), options.encoding, options.device)
     encoders = Encoders(
         plan.shards,
         lambda: EncoderActor.options(num_cpus=1, num_gpus=gpus).remote(*arguments),

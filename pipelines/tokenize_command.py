@@ -8,9 +8,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import tokenizer
+import torch
+
 from pipelines.corpus.plan import Plan
 from pipelines.encoder import Encoding
+from pipelines.foreign import ForeignTokenizer, load_tokenizer
 from pipelines.growth import grows, require_same_job, stages
 from pipelines.options import Codec, Device, Precision, choose_device, default_workers
 from pipelines.outputs import refuse_inside, run_record
@@ -18,6 +20,7 @@ from pipelines.planning import planned
 from pipelines.progress import meter
 from pipelines.results import Result
 from pipelines.tokenize import TokenizeOptions, store_spec, tokenize_corpus
+from tokenizer.protocol import ImageTokenizer, level_specs
 from vqmill.errors import CodesError, UsageError
 from vqmill.files import canonical_json, write_whole
 from vqmill.layout import read_spec
@@ -25,7 +28,7 @@ from vqmill.spec import MOST_ROWS_PER_SHARD
 
 
 def tokenize(
-    corpus: str, tokenizer_path: Path, out: Path, *, size: int | None, workers: int | None, batch_size: int, shard_rows: int | None,
+    corpus: str, tokenizer_path: Path | None, out: Path, *, module: str | None, size: int | None, workers: int | None, batch_size: int, shard_rows: int | None,
     codec: Codec, precision: Precision, device: Device, dry_run: bool,
 ) -> Result:  # fmt: skip
     """Runs the command; see `vqmill tokenize --help`."""
@@ -35,9 +38,11 @@ def tokenize(
     if shard_rows is not None and shard_rows > MOST_ROWS_PER_SHARD:
         raise UsageError(f"--shard-rows must be at most {MOST_ROWS_PER_SHARD:,}, got {shard_rows:,}.")
     try:
-        model = tokenizer.load(tokenizer_path)
-        size = size if size is not None else model.config.size
-        model.config.grid(model.config.level_names[0], size)
+        model = load_tokenizer(tokenizer_path, module)
+        size = size if size is not None else model.size
+        level_specs(model, size)
+        if isinstance(model, ForeignTokenizer):  # what is wrong with it is said before anything is made
+            model.encode(torch.zeros(1, model.channels, size, size, dtype=torch.uint8))
     except CodesError as error:
         raise UsageError(str(error)) from error
     chosen = choose_device(device)
@@ -51,8 +56,8 @@ def tokenize(
         return _dry_run(plan, model, out, options)
 
     def record(**outcome: Any) -> None:
-        place = relative_to_store(tokenizer_path, out)
-        facts = run_record(corpus=corpus, tokenizer=place, workers=options.workers, device=chosen, **outcome)
+        place = tokenizer_place(tokenizer_path, module, out)
+        facts = run_record(corpus=corpus, **place, workers=options.workers, device=chosen, **outcome)
         write_whole(run_file(out), canonical_json(facts))
 
     with meter("tokenizing", "samples") as show:
@@ -92,6 +97,11 @@ def run_file(store: Path) -> Path:
     return store.with_name(store.name + ".run.json")
 
 
+def tokenizer_place(path: Path | None, module: str | None, store: Path) -> dict[str, str | None]:
+    """What the record beside a store says of where its tokenizer is."""
+    return {"tokenizer": relative_to_store(path, store)} if path else {"tokenizer_module": module}
+
+
 def recorded_tokenizer(store: Path) -> Path:
     """The tokenizer's folder, as recorded beside a store.
 
@@ -119,7 +129,7 @@ def relative_to_store(tokenizer_path: Path, store: Path) -> str:
     return os.path.relpath(tokenizer_path.absolute(), store.absolute().parent)
 
 
-def _dry_run(plan: Plan, model: tokenizer.Tokenizer, out: Path, options: TokenizeOptions) -> Result:
+def _dry_run(plan: Plan, model: ImageTokenizer, out: Path, options: TokenizeOptions) -> Result:
     found = read_spec(out) if (out / "zarr.json").exists() else None
     plan = stages(found, plan)[-1]
     spec = store_spec(plan, model, options)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pyarrow as pa
@@ -232,3 +234,14 @@ def inception_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     torch.save(Inception3(1008, aux_logits=False, init_weights=False).state_dict(), path)
     return path
+
+
+@pytest.fixture(scope="session")
+def published() -> ModuleType:
+    """The networks of tokenizer/published.py, which tests in several folders import."""
+    spec = importlib.util.spec_from_file_location("published", Path(__file__).parent / "tokenizer" / "published.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -33,6 +33,8 @@ COMMANDS = (
     "decode",
     "train-prior",
     "sample",
+    "import-checkpoint",
+    "check-tokenizer",
     "demo",
     "doctor",
 )

@@ -24,6 +24,7 @@ from pipelines.corpus.images import Preprocessing
 from pipelines.corpus.plan import plan_corpus
 from pipelines.encoder import Encoding
 from pipelines.errors import RunFailed
+from pipelines.foreign import packed
 from pipelines.tokenize import TokenizeOptions, TokenizeResult, tokenize_corpus
 from vqmill.commits import Cursor
 from vqmill.errors import UsageError
@@ -186,7 +187,7 @@ def test_an_input_shard_is_encoded_from_one_span_to_another(
     monkeypatch.setattr(encoder, "SPAN_SAMPLES", 40)
     monkeypatch.setattr("torch.set_num_threads", lambda number: None)
     made = encoder.SpanEncoder(
-        tokenizer.dumps(tokenizer.load(tokenizer_folder)), Preprocessing(size=16, channels=3), Encoding(), "cpu"
+        packed(tokenizer.load(tokenizer_folder)), Preprocessing(size=16, channels=3), Encoding(), "cpu"
     )
     shard = plan_corpus(scenes).shards[0]
     for first, stop, rows in ((0, None, [40, 40, 20]), (1, 2, [40]), (1, 3, [40, 20]), (2, 9, [20]), (1, 1, [])):
