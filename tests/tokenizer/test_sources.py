@@ -26,17 +26,18 @@ class Weights:
         names = [name.removesuffix(".weight") for name in state if name.startswith(prefix) and name.endswith(".weight")]
         self.layers = [(state[f"{name}.weight"], state[f"{name}.bias"]) for name in names]
 
-    def conv(self, x: Tensor) -> Tensor:
+    def conv(self, x: Tensor, kernel: int) -> Tensor:
         """A convolution of stride 1 that keeps the sides."""
         weight, bias = self.layers.pop(0)
-        return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
+        assert weight.shape[2:] == (kernel, kernel)
+        return F.conv2d(x, weight, bias, padding=(kernel - 1) // 2)
 
 
-def published_block(weights: Weights, x: Tensor, depth_out: int, gain: float) -> Tensor:
+def published_block(weights: Weights, x: Tensor, depth_out: int, kernels: tuple[int, ...], gain: float) -> Tensor:
     """DALL-E: the identity path, through a 1x1 convolution when depths differ, and four convolutions, each after a ReLU."""
-    path = weights.conv(x) if x.shape[1] != depth_out else x
-    for _ in range(4):
-        x = weights.conv(F.relu(x))
+    path = weights.conv(x, 1) if x.shape[1] != depth_out else x
+    for kernel in kernels:
+        x = weights.conv(F.relu(x), kernel)
     return path + gain * x
 
 
@@ -55,12 +56,12 @@ def test_the_video_network_is_the_published_one(groups, blocks):
     stacked = images.reshape(2, 9, 32, 32) / 127.5 - 1  # (b, d, c, h, w) -> (b, d * c, h, w)
 
     weights = Weights(state, "encoder.")
-    x = weights.conv(F.relu(weights.conv(stacked)))
+    x = weights.conv(F.relu(weights.conv(stacked, 7)), 7)
     for group in range(1, groups + 1):
         for _ in range(blocks):
-            x = published_block(weights, x, 8 * group, gain)
+            x = published_block(weights, x, 8 * group, (3, 3, 3, 1), gain)
         x = F.max_pool2d(x, 2) if group < groups else x
-    x = weights.conv(F.relu(x))
+    x = weights.conv(F.relu(x), 1)
     assert not weights.layers
     assert torch.equal(
         torch.cdist(x.permute(0, 2, 3, 1), state["levels.codes.codebook"]).argmin(-1), model.encode(images)["codes"]
@@ -71,9 +72,9 @@ def test_the_video_network_is_the_published_one(groups, blocks):
     weights = Weights(state, "decoder.")
     for group in range(groups, 0, -1):
         for _ in range(blocks):
-            x = published_block(weights, x, 8 * group, gain)
+            x = published_block(weights, x, 8 * group, (1, 3, 3, 3), gain)
         x = F.interpolate(x, scale_factor=2, mode="nearest") if group > 1 else x
-    x = weights.conv(F.relu(weights.conv(F.relu(x))))
+    x = weights.conv(F.relu(weights.conv(F.relu(x), 7)), 7)
     assert not weights.layers
     found = model.eval()(model.prepare(images)).images
     assert found.shape == (2, 3, 3, 32, 32)
