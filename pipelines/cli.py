@@ -2,42 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import shlex
 import signal
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
-from cyclopts import App, Parameter
+from cyclopts import Parameter
 
-import vqmill
-from pipelines.errors import RunFailed
+import pipelines.cli_stores as _stores  # adds its commands to the app  # noqa: F401
+from pipelines.app import app, run
 from pipelines.memory import keep_freed_memory
 from pipelines.options import Codec, Common, Device, FitFlags, Layout, PixelRange, Precision
-from pipelines.results import FAILED, USAGE, Result, plain_console, printable
-from vqmill.errors import CodesError, UsageError
 
-app = App(
-    name="vqmill",
-    version=vqmill.__version__,
-    help="""Turn image collections into small grids of integers, and train models on them.
-
-    A run, from pictures to pictures:
-
-        vqmill train-tokenizer photos/ --out runs/tok --preset rgb32
-        vqmill tokenize photos/ --tokenizer runs/tok --out codes.zarr
-        vqmill train-prior codes.zarr --out runs/prior
-        vqmill sample runs/prior --tokenizer runs/tok --num 64 --out samples.png
-
-    CORPUS is a folder of images (sub-folders are classes), tar shards in webdataset form ("shards/{000000..000009}.tar", quoted), or
-    "torchvision:FashionMNIST?root=DATA&split=train". Exit codes: 0 all well, 3 done with quarantined samples, 1 failed, 2 usage.
-    """,
-    help_format="markdown",
-    result_action="return_value",
-)
+__all__ = ["app", "main"]
 
 
 @app.command
@@ -60,7 +37,7 @@ def train_tokenizer(
     """
     from pipelines.train_tokenizer import train_tokenizer as job
 
-    return _run(common, lambda: job(corpus, out, preset=preset, config=config, size=size, holdout=holdout, flags=flags))
+    return run(common, lambda: job(corpus, out, preset=preset, config=config, size=size, holdout=holdout, flags=flags))
 
 
 @app.command
@@ -96,7 +73,7 @@ def evaluate(
     from pipelines.evaluate import EvaluateOptions
     from pipelines.evaluate import evaluate as job
 
-    return _run(common, lambda: job(tokenizer, corpus, out, EvaluateOptions(
+    return run(common, lambda: job(tokenizer, corpus, out, EvaluateOptions(
         size=size, holdout=holdout, everything=everything, limit=limit, batch_size=batch_size, device=device, precision=precision,
         by_label=by_label, lpips=lpips, lpips_backbone=lpips_backbone, rfid=rfid,
     )))  # fmt: skip
@@ -130,7 +107,7 @@ def tokenize(
     """
     from pipelines.tokenize_command import tokenize as job
 
-    return _run(common, lambda: job(
+    return run(common, lambda: job(
         corpus, tokenizer, out, module=tokenizer_module, size=size, workers=workers, batch_size=batch_size, shard_rows=shard_rows, codec=codec,
         precision=precision, device=device, dry_run=dry_run,
     ))  # fmt: skip
@@ -147,98 +124,7 @@ def inspect(path: str, /, *, common: Common = Common()) -> int:
     """
     from pipelines.inspect import inspect as job
 
-    return _run(common, lambda: job(path))
-
-
-@app.command
-def verify(
-    store: Path, /, *, quick: Annotated[bool, Parameter(negative="")] = False, common: Common = Common()
-) -> int:  # fmt: skip
-    """Read every byte of a code store: checksums, code ranges, rows, commits.
-
-    Each problem is named with its place (level, Zarr shard, rows, input shards) and what to do. Exit code 1 when anything is wrong, or
-    the store is unfinished.
-
-    Args:
-        store: the code store.
-        quick: read metadata and commit records only, and see that every file is there with its size.
-    """
-    from pipelines.check import verify as job
-
-    return _run(common, lambda: job(store, quick=quick))
-
-
-@app.command
-def repair(
-    store: Path, /, *, dry_run: Annotated[bool, Parameter(negative="")] = False, common: Common = Common()
-) -> int:  # fmt: skip
-    """Mend what can be mended in a code store, and say which command does the rest.
-
-    Verifies the store first. Leftovers are removed, metadata is written anew, a lost tail is given up, and damaged files are removed, so
-    that the tokenize command that made the store makes them again. Exit code 0 when the store is whole afterwards, 1 when more is to be
-    done.
-
-    Args:
-        store: the code store.
-        dry_run: say what would be done, and do nothing.
-    """
-    from pipelines.check import repair as job
-
-    return _run(common, lambda: job(store, dry_run=dry_run))
-
-
-@app.command
-def merge(
-    *stores: Path, out: Path, shard_rows: int | None = None, codec: Codec = "auto", common: Common = Common()
-) -> int:
-    """Make one code store of several that the same tokenizer made, without encoding anything again.
-
-    The rows of the first store come first, then those of the second, and so on; samples and quarantine lines come along as they are.
-
-        vqmill merge 2023.zarr 2024.zarr --out both.zarr
-
-    Levels, tokenizer, preset, precision, preprocessing and class names must be the same: a difference is shown and refused. Stopped
-    copies, killed ones too, go on when the same command is given. One store alone is cut or compressed anew:
-
-        vqmill merge codes.zarr --out recut.zarr --shard-rows 1024 --codec blosc-lz4
-
-    Args:
-        stores: finished code stores, in the order in which their rows are wanted.
-        out: the store to make.
-        shard_rows: rows of a Zarr shard, the unit of commit; as in the stores if they agree, else 4,096 at most. Raised a little when it
-            divides badly.
-        codec: how codes are compressed; as in the stores if they agree, else auto takes the smallest on the first Zarr shard.
-    """
-    from pipelines.copy_command import merge as job
-
-    return _run(common, lambda: job(list(stores), out, shard_rows=shard_rows, codec=codec))
-
-
-@app.command(name="slice")
-def slice_store(
-    store: Path, /, *, out: Path, rows: str | None = None, label: Annotated[list[int] | None, Parameter(negative="")] = None,
-    shard_rows: int | None = None, codec: Codec = "auto", common: Common = Common(),
-) -> int:  # fmt: skip
-    """Make a code store of some rows of another, without encoding anything again.
-
-    Rows keep their order. With both filters, the rows in the range that have one of the labels are taken.
-
-        vqmill slice codes.zarr --out first.zarr --rows 0:10000
-        vqmill slice codes.zarr --out shoes.zarr --label 5 --label 7
-
-    Quarantine lines stay behind: they are of samples without rows. Stopped copies, killed ones too, go on when the same command is given.
-
-    Args:
-        store: a finished code store.
-        out: the store to make.
-        rows: START:STOP, which rows to take; either side may be left out.
-        label: a class number whose rows to take, -1 for rows without a label; may be given several times.
-        shard_rows: rows of a Zarr shard, the unit of commit; as in the store if not given. Raised a little when it divides badly.
-        codec: how codes are compressed; auto takes what the store has.
-    """
-    from pipelines.copy_command import slice_store as job
-
-    return _run(common, lambda: job(store, out, rows=rows, labels=label, shard_rows=shard_rows, codec=codec))
+    return run(common, lambda: job(path))
 
 
 @app.command
@@ -259,7 +145,7 @@ def decode(
     """
     from pipelines.decode import decode as job
 
-    return _run(common, lambda: job(
+    return run(common, lambda: job(
         store, out, rows=rows, tokenizer_path=tokenizer, module=tokenizer_module, originals=originals, columns=columns,
     ))  # fmt: skip
 
@@ -282,7 +168,7 @@ def train_prior(
     """
     from pipelines.train_prior import train_prior as job
 
-    return _run(common, lambda: job(store, out, preset=preset, config=config, holdout=holdout, flags=flags))
+    return run(common, lambda: job(store, out, preset=preset, config=config, holdout=holdout, flags=flags))
 
 
 @app.command
@@ -308,7 +194,7 @@ def sample(
     """
     from pipelines.sample import sample as job
 
-    return _run(common, lambda: job(
+    return run(common, lambda: job(
         prior, tokenizer, out, module=tokenizer_module, num=num, seed=seed, label=label, temperature=temperature, codes=codes, columns=columns,
         batch_size=batch_size, device=device,
     ))  # fmt: skip
@@ -336,7 +222,7 @@ def import_checkpoint(
     """
     from pipelines.import_command import import_checkpoint as job
 
-    return _run(common, lambda: job(file, out, layout=layout, size=size, pixel_range=pixel_range))
+    return run(common, lambda: job(file, out, layout=layout, size=size, pixel_range=pixel_range))
 
 
 @app.command
@@ -352,7 +238,7 @@ def check_tokenizer(module: str, /, *, common: Common = Common()) -> int:
     """
     from pipelines.check_tokenizer import check_tokenizer as job
 
-    return _run(common, lambda: job(module))
+    return run(common, lambda: job(module))
 
 
 @app.command
@@ -365,7 +251,7 @@ def demo(*, out: Path = Path("demo"), workers: int = 2, common: Common = Common(
     """
     from pipelines.demo import demo as job
 
-    return _run(common, lambda: job(out, workers=workers))
+    return run(common, lambda: job(out, workers=workers))
 
 
 @app.command
@@ -373,7 +259,7 @@ def doctor(*, common: Common = Common()) -> int:
     """Say what this machine has: versions, devices, Ray, disk, and what is missing."""
     from pipelines.doctor import doctor as job
 
-    return _run(common, job)
+    return run(common, job)
 
 
 def main() -> None:
@@ -385,36 +271,6 @@ def main() -> None:
 
 def _stop(number: int, frame: object) -> None:
     raise KeyboardInterrupt
-
-
-def _run(common: Common, job: Callable[[], Result]) -> int:
-    """Runs a command's job: errors become messages, and everything becomes an exit code."""
-    start = time.monotonic()
-    errors = plain_console(stderr=True)
-    try:
-        return job().finish(as_json=common.json, seconds=time.monotonic() - start)
-    except UsageError as error:
-        errors.print(printable(f"error: {error}"))
-        return _failed(common, USAGE, str(error))
-    except (CodesError, RunFailed, OSError) as error:
-        errors.print(printable(f"error: {error}"))
-        errors.print(f"To try again: {_command()}")
-        return _failed(common, FAILED, str(error))
-    except KeyboardInterrupt:
-        errors.print(f"stopped. Committed rows and the last resume point are safe; to go on: {_command()}")
-        return _failed(common, FAILED, "stopped")
-
-
-def _failed(common: Common, code: int, error: str) -> int:
-    """Ends the output with a JSON line here too, when one was asked for."""
-    if common.json:
-        plain_console().print(json.dumps({"error": error, "exit_code": code}, ensure_ascii=False))
-    return code
-
-
-def _command() -> str:
-    """What was typed, ready to be pasted."""
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 if __name__ == "__main__":
