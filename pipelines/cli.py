@@ -9,8 +9,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-import pipelines.cli_stores as _stores  # adds its commands to the app  # noqa: F401
 from pipelines.app import app, run
+from pipelines.cli_stores import merge, repair, slice_store, verify
 from pipelines.memory import keep_freed_memory
 from pipelines.options import Codec, Common, Device, FitFlags, Layout, PixelRange, Precision
 
@@ -125,6 +125,11 @@ def inspect(path: str, /, *, common: Common = Common()) -> int:
     from pipelines.inspect import inspect as job
 
     return run(common, lambda: job(path))
+
+
+for _command in (verify, repair, merge):
+    app.command(_command)
+app.command(slice_store, name="slice")
 
 
 @app.command

@@ -1,4 +1,4 @@
-"""The commands that keep code stores: verify, repair, merge, slice."""
+"""The commands that keep code stores: verify, repair, merge, slice. cli.py adds them to the app."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from pipelines.app import app, run
+from pipelines.app import run
 from pipelines.options import Codec, Common
 
 
-@app.command
 def verify(
     store: Path, /, *, quick: Annotated[bool, Parameter(negative="")] = False, common: Common = Common()
 ) -> int:  # fmt: skip
@@ -29,7 +28,6 @@ def verify(
     return run(common, lambda: job(store, quick=quick))
 
 
-@app.command
 def repair(
     store: Path, /, *, dry_run: Annotated[bool, Parameter(negative="")] = False, common: Common = Common()
 ) -> int:  # fmt: skip
@@ -48,7 +46,6 @@ def repair(
     return run(common, lambda: job(store, dry_run=dry_run))
 
 
-@app.command
 def merge(
     *stores: Path, out: Path, shard_rows: int | None = None, codec: Codec = "auto", common: Common = Common()
 ) -> int:
@@ -75,7 +72,6 @@ def merge(
     return run(common, lambda: job(list(stores), out, shard_rows=shard_rows, codec=codec))
 
 
-@app.command(name="slice")
 def slice_store(
     store: Path, /, *, out: Path, rows: str | None = None, label: Annotated[list[int] | None, Parameter(negative="")] = None,
     shard_rows: int | None = None, codec: Codec = "auto", common: Common = Common(),
