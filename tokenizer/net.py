@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from torch import Tensor, nn
 
@@ -70,16 +70,5 @@ def _quantizer(config: TokenizerConfig) -> Quantizer:
 
 def _stage(config: TokenizerConfig) -> CodebookQuantizer:
     kind = EMAQuantizer if config.quantizer == "ema" else GradientQuantizer
-    recipe = Recipe(
-        codebook_start=config.codebook_start,
-        start_step=config.start_step,
-        revival=config.revival,
-        revive_fraction=config.revive_fraction,
-        revive_after=config.revive_after,
-        pool_size=config.pool_size,
-        commitment_cost=config.commitment_cost,
-        ema_decay=config.ema_decay,
-        normalize=config.normalize,
-        rotation=config.rotation,
-    )
+    recipe = Recipe(**{field.name: getattr(config, field.name) for field in fields(Recipe)})
     return kind(config.codebook_size, config.code_dim, recipe)

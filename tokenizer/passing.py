@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,16 +13,31 @@ def pass_gradient(z: Tensor, entries: Tensor, *, rotation: bool) -> Tensor:
     """The entries, with a gradient towards the features.
 
     Args:
-        z: float32 [N, D, h, w], features.
-        entries: float32 [N, D, h, w], what they were quantized to; without gradient.
+        z: float32 [N, D, ...], features.
+        entries: float32 [N, D, ...], what they were quantized to; without gradient.
         rotation: False passes gradients straight through (Bengio et al. 2013); True turns and scales them as z was turned and scaled to
             become its entry (Fifty et al. 2024, "Restructuring vector quantization with the rotation trick", section 4.2).
 
     Returns:
-        float32 [N, D, h, w], equal to `entries`.
+        float32 [N, D, ...], equal to `entries`.
     """
-    moved = _rotated(z, entries) if rotation else z
-    return entries + (moved - moved.detach())  # the second term is 0
+    return _StraightThrough.apply(_rotated(z, entries) if rotation else z, entries)  # pyright: ignore[reportReturnType]
+
+
+class _StraightThrough(torch.autograd.Function):
+    """sg(entries) + (z - sg(z)), without the two passes over memory that computing it would take."""
+
+    @staticmethod
+    def forward(z: Tensor, entries: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return entries.view_as(entries)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Nothing is kept."""
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return gradient, None
 
 
 def _rotated(z: Tensor, entries: Tensor) -> Tensor:

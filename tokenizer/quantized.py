@@ -83,6 +83,11 @@ def rows_of(z: Tensor) -> Tensor:
     return z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])
 
 
+def grid_of(rows: Tensor, shape: torch.Size) -> Tensor:
+    """[N*h*w, D] -> [N, D, h, w] of a shape, channels last in memory: a view."""
+    return rows.view(shape[0], *shape[2:], -1).permute(0, 3, 1, 2)
+
+
 def sample_rows(rows: Tensor, number: int) -> Tensor:
     """At most so many rows, at random places that are the same in every call, so that `forward` stays pure.
 

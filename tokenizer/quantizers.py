@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tokenizer.kmeans import cluster_statistics, refine_entries, seed_entries
 from tokenizer.passing import pass_gradient
-from tokenizer.quantized import Quantized, Quantizer, rows_of, sample_rows
+from tokenizer.quantized import Quantized, Quantizer, grid_of, rows_of, sample_rows
 from tokenizer.search import nearest
 
 LLOYD_ITERATIONS = 5  # after k-means++ seeding; more changes the distortion by little
@@ -89,32 +89,33 @@ class CodebookQuantizer(Quantizer):
     def encode(self, z: Tensor) -> Tensor:
         """See `Quantizer`."""
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
-            return nearest(rows_of(self._prepared(z)), self.entries).view(z.shape[0], *z.shape[2:])
+            return nearest(self._rows(z), self.entries).view(z.shape[0], *z.shape[2:])
 
     def decode(self, codes: Tensor) -> Tensor:
         """See `Quantizer`."""
-        return F.embedding(codes, self.entries).permute(0, 3, 1, 2).contiguous()
+        return F.embedding(codes, self.entries).permute(0, 3, 1, 2)
 
     def forward(self, z: Tensor) -> Quantized:
         """See `Quantizer`."""
         with torch.autocast(z.device.type, enabled=False):
-            z = self._prepared(z)
-            codes = self.encode(z)
-            entries = self.decode(codes)
-            vectors = pass_gradient(z, entries.detach(), rotation=self.recipe.rotation)
-            loss = self.recipe.commitment_cost * F.mse_loss(z, entries.detach()) + self._entries_loss(
-                z.detach(), entries
-            )
+            rows, entries = self._rows(z), self.entries
+            codes = nearest(rows.detach(), entries.detach())
+            chosen = F.embedding(codes, entries)
+            vectors = pass_gradient(rows, chosen.detach(), rotation=self.recipe.rotation)
+            loss = self.recipe.commitment_cost * F.mse_loss(rows, chosen.detach())
+            loss = loss + self._entries_loss(rows.detach(), chosen)
             if self.training and self.first_update:
                 started = self.num_updates >= self.first_update
-                vectors = torch.where(started, vectors, z)
+                vectors = torch.where(started, vectors, rows)
                 loss = loss * started
-            rows = rows_of(z.detach())
-            counts, sums = cluster_statistics(rows, codes.flatten(), self.codebook_size)
-            return Quantized(vectors, codes, loss, counts, sums, sample_rows(rows, self.recipe.pool_size))
+            rows = rows.detach()
+            counts, sums = cluster_statistics(rows, codes, self.codebook_size)
+            pool = sample_rows(rows, self.recipe.pool_size)
+            return Quantized(grid_of(vectors, z.shape), codes.view(z.shape[0], *z.shape[2:]), loss, counts, sums, pool)
 
-    def _prepared(self, z: Tensor) -> Tensor:
-        return F.normalize(z.float(), dim=1) if self.recipe.normalize else z.float()
+    def _rows(self, z: Tensor) -> Tensor:
+        rows = rows_of(z.float())
+        return F.normalize(rows, dim=1) if self.recipe.normalize else rows
 
     @torch.no_grad()
     def update(self, counts: Tensor, sums: Tensor, pool: Tensor, generator: torch.Generator) -> dict[str, Tensor]:

@@ -92,23 +92,22 @@ class StridedNet(Net):
         for level, name in enumerate(self.names):
             found = features[-1 - level]
             if level:
-                above = self._joined(above, vectors[-1])  # all levels so far, on the grid of the last of them
+                above = self._joined(
+                    level - 1, above, vectors[-1]
+                )  # all levels so far, on the grid of the last of them
                 found = torch.cat([self.conditions[level - 1](above), found], dim=1)
             vectors.append(quantized(name, self.to_code[level](found)))
         return vectors
 
     def _pixels(self, vectors: list[Tensor]) -> Tensor:
         joined = None
-        for finer in vectors:
-            joined = self._joined(joined, finer)
+        for level, finer in enumerate(vectors):
+            joined = self._joined(level, joined, finer)
         return self.decoder(joined)
 
-    def _joined(self, above: Tensor | None, finer: Tensor) -> Tensor:
-        """Vectors of coarser levels brought to a finer level's grid, with that level's."""
-        if above is None:
-            return finer
-        level = above.shape[1] // finer.shape[1]  # how many levels are above
-        return torch.cat([self.upsamplers[level - 1](above), finer], dim=1)
+    def _joined(self, level: int, above: Tensor | None, finer: Tensor) -> Tensor:
+        """The vectors of a level, and before them those of all levels above, brought to its grid."""
+        return finer if above is None else torch.cat([self.upsamplers[level - 1](above), finer], dim=1)
 
 
 def _quarter_encoder(channels: int, hidden_dim: int, residuals: Residuals) -> nn.Sequential:
