@@ -188,7 +188,7 @@ def main() -> None:
     variance = float((images.double() / 127.5 - 1).var(unbiased=False))
     model = ClassicVQVAE(asked.channels).train()
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=asked.learning_rate)
-    batches = _endless(DataLoader(TensorDataset(images), batch_size=asked.batch_size, shuffle=True, drop_last=True))
+    batches = endless(DataLoader(TensorDataset(images), batch_size=asked.batch_size, shuffle=True, drop_last=True))
     begun = time.monotonic()
     with (asked.out / "metrics.jsonl").open("w") as file:
         for step in range(1, asked.steps + 1):
@@ -204,7 +204,8 @@ def main() -> None:
     torch.save(model.state_dict(), asked.out / CHECKPOINT)
 
 
-def _endless(loader: DataLoader[tuple[Tensor, ...]]) -> Iterator[Tensor]:
+def endless(loader: DataLoader[tuple[Tensor, ...]]) -> Iterator[Tensor]:
+    """The images of a loader's batches, epoch after epoch."""
     while True:
         for (images,) in loader:
             yield images

@@ -46,7 +46,7 @@ def quantizer(folder: Path) -> Iterator[Line]:
     for shape, _, bound in SHAPES:
         num_vectors, code_dim, codebook_size = shape
         z = torch.randn(num_vectors // 1024, code_dim, 32, 32, requires_grad=True)
-        ours = _started_quantizer(codebook_size, code_dim)
+        ours = tokenizer.EMAQuantizer(codebook_size, code_dim, tokenizer.Recipe(start_step=1))
         peer = VectorQuantize(
             dim=code_dim, codebook_size=codebook_size, decay=0.99, accept_image_fmap=True, threshold_ema_dead_code=1
         )
@@ -63,10 +63,6 @@ def quantizer(folder: Path) -> Iterator[Line]:
 
         title = f"quantizer, forward + backward + update, {_name(shape)}, against vector-quantize-pytorch"
         yield compare(title, step, peer_step, bound)
-
-
-def _started_quantizer(codebook_size: int, code_dim: int) -> tokenizer.EMAQuantizer:
-    return tokenizer.EMAQuantizer(codebook_size, code_dim, start_step=1)
 
 
 def _vectors(shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:

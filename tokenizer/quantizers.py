@@ -14,6 +14,7 @@ from tokenizer.passing import pass_gradient
 from tokenizer.quantized import Quantized, Quantizer, grid_of, rows_of, sample_rows
 from tokenizer.search import nearest
 
+MOST_REVIVED = 256  # codes in one update: each is drawn by itself, and the others can wait for the next
 LLOYD_ITERATIONS = 5  # after k-means++ seeding; more changes the distortion by little
 
 
@@ -146,6 +147,7 @@ class CodebookQuantizer(Quantizer):
             dead = self.idle_updates >= self.recipe.revive_after
         else:
             return torch.zeros_like(self.ema_counts, dtype=torch.bool)
+        dead &= dead.cumsum(0) <= MOST_REVIVED
         num_dead = int(dead.sum())
         if num_dead == 0:
             return dead
