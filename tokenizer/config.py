@@ -82,7 +82,7 @@ class TokenizerConfig:
     codebook_start: str = "kmeans"
     start_step: int = 50
     revival: str = "rare"
-    revive_fraction: float = 0.03
+    revive_fraction: float = 0.2
     revive_after: int = 100
     pool_size: int = 4096
     commitment_cost: float = 0.25

@@ -25,7 +25,7 @@ class Recipe:
     codebook_start: str = "kmeans"
     start_step: int = 50
     revival: str = "rare"
-    revive_fraction: float = 0.03
+    revive_fraction: float = 0.2
     revive_after: int = 100
     pool_size: int = 4096
     commitment_cost: float = 0.25
