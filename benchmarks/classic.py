@@ -1,7 +1,9 @@
 """The classic recipe, for comparison: a VQ-VAE trained the way that the notebooks everybody copies train it.
 
 Plain PyTorch: a DataLoader over decoded images, NCHW, an eager model, one-hot codes, an EMA codebook of normal random numbers with smoothed
-counts, Adam at a constant rate (zalandoresearch/pytorch-vq-vae; sonnet's vqvae_example has the same recipe). Nothing of ours is in the loop.
+counts, Adam at a constant rate, pixels in [-1, 1], batches of 32 (the first version of zalandoresearch/pytorch-vq-vae's notebook, which took
+its settings from sonnet's vqvae_example). It differs in two things: residual blocks have biases and a plain skip, as in sonnet, and Adam is
+without amsgrad. Nothing of ours is in the loop.
 
     python -m benchmarks.classic "shards/train-{000000..000004}.tar" --validate shards/test-000000.tar --out runs/classic
 """
@@ -25,7 +27,6 @@ from pipelines.corpus.images import Preprocessing
 from pipelines.corpus.plan import plan_corpus
 from pipelines.corpus.samples import list_samples, load_sample
 
-CHECKPOINT = "classic.pt"  # in zalandoresearch's layout, so that import-checkpoint reads it
 LOG_EVERY_STEPS = 10
 VALIDATE_EVERY_STEPS = 500
 
@@ -201,7 +202,6 @@ def main() -> None:
                 print(report, flush=True)
                 if not math.isfinite(report["validation/nmse"]):
                     raise SystemExit("the loss is not finite any more")
-    torch.save(model.state_dict(), asked.out / CHECKPOINT)
 
 
 def endless(loader: DataLoader[tuple[Tensor, ...]]) -> Iterator[Tensor]:

@@ -17,6 +17,7 @@ from pipelines.corpus.images import Decoded, Preprocessing
 from pipelines.corpus.plan import InputShard
 from pipelines.corpus.problems import BadImage
 from pipelines.corpus.samples import RawSample, SampleRef, list_samples, load_sample
+from pipelines.precision import exact_float32
 from tokenizer.protocol import ImageTokenizer
 from vqmill.commits import Counts
 from vqmill.spec import dtype_for
@@ -82,7 +83,7 @@ class SpanEncoder:
             num_threads: decode threads beside the encoder.
         """
         torch.set_num_threads(1)  # one actor a core; more threads would also change the order of additions
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        exact_float32()
         self._device = torch.device(device)
         self._tokenizer = build()
         self._tokenizer.to(self._device)

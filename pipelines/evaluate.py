@@ -130,7 +130,6 @@ def evaluate(folder: Path, corpus: str, out: Path | None, options: EvaluateOptio
         raise UsageError(str(error)) from error
     device = choose_device(options.device)
     learned = LearnedMeasures(options.lpips, options.lpips_backbone, options.rfid, device)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # as when a corpus is tokenized
     if out:
         refuse_inside(out, corpus)
     plan = planned(corpus)

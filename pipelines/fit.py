@@ -160,7 +160,8 @@ def fit(
             on_step(state.done, loss)
         last = state.done == config.steps
         if state.done % LOG_EVERY_STEPS == 0 or last:
-            log.training({"step": state.done, **metrics, "learning_rate": config.rate(state.done - 1)})
+            figures = {name: float(value) for name, value in metrics.items()}
+            log.training({"step": state.done, **figures, "learning_rate": config.rate(state.done - 1)})
         if state.done % config.validate_every == 0 or state.done == early or last:
             final = state.validate(validation, warn=state.done == early > codebooks_begin)
         if state.done % config.save_every == 0 or last:
@@ -171,7 +172,7 @@ def fit(
     return final
 
 
-def _train_one(state: TrainingState, module: nn.Module, batches: Iterator[Batch]) -> tuple[float, dict[str, float]]:
+def _train_one(state: TrainingState, module: nn.Module, batches: Iterator[Batch]) -> tuple[float, dict[str, Tensor]]:
     """One optimizer step: the loss over all ranks, and this rank's metrics."""
     config, context, step = state.config, state.context, state.step
     step.train()
@@ -198,10 +199,9 @@ def _train_one(state: TrainingState, module: nn.Module, batches: Iterator[Batch]
     state.done += 1
     state.forget(replaced)
     state.average()
-    metrics = {
-        name: float(torch.stack([output.metrics[name] for output in outputs]).mean()) for name in outputs[0].metrics
-    }
-    return loss, {**metrics, "loss": loss, "gradient_norm": norm}
+    names = outputs[0].metrics
+    metrics = {name: torch.stack([output.metrics[name] for output in outputs]).mean() for name in names}
+    return loss, {**metrics, "loss": torch.tensor(loss), "gradient_norm": torch.tensor(norm)}
 
 
 def _backward(

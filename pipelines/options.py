@@ -65,13 +65,16 @@ class FitFlags:
 
 
 def choose_device(device: Device) -> str:
-    """Resolves `auto`.
+    """Resolves `auto`, and sees to it that `fp32` means float32 on a GPU.
 
     Raises:
         UsageError: CUDA was asked for and is not there.
     """
     import torch
 
+    from pipelines.precision import exact_float32
+
+    exact_float32()
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():

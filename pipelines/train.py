@@ -19,6 +19,7 @@ from pipelines.cluster import ray_cluster
 from pipelines.context import Context, LocalContext, RankContext
 from pipelines.errors import RunFailed
 from pipelines.fit import Batch, FitConfig, Stream, fit
+from pipelines.precision import exact_float32
 from pipelines.progress import Meter, meter
 from pipelines.results import printable
 from pipelines.training_log import METRICS_FILE, NOTES_FILE
@@ -181,6 +182,7 @@ def _ray_rank(config: dict[str, Any]) -> None:
     import ray.train.torch
 
     job, folder = config["job"], config["folder"]
+    exact_float32()
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // ray.train.get_context().get_local_world_size()))
     context = RankContext(ray.train.torch.get_device(), ray.train.report)
     if context.rank == 0:

@@ -33,9 +33,10 @@ class TrainingState:
         self.step, self.stream, self.config, self.context, self.folder = step, stream, config, context, folder
         self.log, self.codebooks_begin = log, codebooks_begin
         self.trained = [parameter for parameter in step.parameters() if parameter.requires_grad]
+        decayed = {id(p) for name, p in step.named_parameters() if p.ndim >= 2 and not name.endswith("codebook")}
         groups = [
-            {"params": [p for p in self.trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for p in self.trained if p.ndim < 2], "weight_decay": 0.0},
+            {"params": [p for p in self.trained if id(p) in decayed], "weight_decay": config.weight_decay},
+            {"params": [p for p in self.trained if id(p) not in decayed], "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
         self.done = 0
@@ -144,7 +145,10 @@ class TrainingState:
         best = self.folder / BEST_FILE
         if best.exists():
             kept = load_checkpoint(best)[1]
-            self.best, self.best_step = float(kept["loss"]), int(kept["step"])
+            if int(kept["step"]) <= self.done:
+                self.best, self.best_step = float(kept["loss"]), int(kept["step"])
+            elif self.context.rank == 0:
+                best.unlink()  # of steps that will be done again, and perhaps come out differently
         self.log.begin(self.done)
         if self.context.restart:
             self.log.note(

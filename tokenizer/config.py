@@ -148,6 +148,10 @@ class TokenizerConfig:
             raise CodesError(
                 "normalize: what a stage of num_quantizers > 1 leaves over has no length of 1. Choose one of the two."
             )
+        if self.first_update and self.pool_size < self.codebook_size:
+            raise CodesError(
+                f"pool_size: expected codebook_size, {self.codebook_size}, or more for the k-means start, found {self.pool_size}."
+            )
         if self.quantizer != "fsq":
             if levels:
                 raise CodesError(f"fsq_levels: only for quantizer = 'fsq', which is {self.quantizer!r}.")

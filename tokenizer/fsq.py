@@ -36,7 +36,11 @@ class FSQuantizer(Quantizer):
     def encode(self, z: Tensor) -> Tensor:
         """See `Quantizer`."""
         with torch.no_grad(), torch.autocast(z.device.type, enabled=False):
-            digits = self._bounded(z.float()).round().long() + (self.sizes // 2)[:, None, None]
+            half = (self.sizes // 2)[:, None, None]
+            rounded = (
+                self._bounded(z.float()).nan_to_num().round().long()
+            )  # codes are in range whatever the features are
+            digits = rounded.add(half).clamp(min=torch.zeros_like(half), max=self.sizes[:, None, None] - 1)
             return (digits * self.radix[:, None, None]).sum(dim=1)
 
     def decode(self, codes: Tensor) -> Tensor:

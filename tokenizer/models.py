@@ -22,6 +22,8 @@ from vqmill.settings import did_you_mean
 
 SLICE_IMAGES, SLICE_IMAGES_DEVICE = 8, 64  # that are encoded together, on a CPU and on an accelerator
 
+MOST_PIXEL = 1.01  # interpolation leaves [-1, 1] by a little
+
 ARCHITECTURES: dict[str, type[Net]] = {"strided": StridedNet, "unixpickle": UnixpickleNet, "grouped": GroupedNet}
 
 
@@ -121,7 +123,14 @@ class Tokenizer(nn.Module):
         Raises:
             CodesError: another shape or dtype, an image size that does not fit, or floats that are no pixels.
         """
-        ready = self._inward(self.prepare(images.to(self._device)))
+        prepared = self.prepare(images.to(self._device))
+        if images.is_floating_point() and images.numel():
+            low, high = (float(bound) for bound in prepared.aminmax())
+            if not (low >= -MOST_PIXEL and high <= MOST_PIXEL):
+                raise CodesError(
+                    f"images: expected floats in [-1, 1], found {low:g} to {high:g}. Scale them, or give uint8."
+                )
+        ready = self._inward(prepared)
         size = SLICE_IMAGES if ready.device.type == "cpu" else SLICE_IMAGES_DEVICE
         whole = F.pad(ready, (0, 0, 0, 0, 0, 0, 0, -len(ready) % size))
         parts = [self.net.encode(part) for part in whole.split(size)]

@@ -115,9 +115,8 @@ class TokenizerStep(nn.Module):
         for batch in batches:
             images = self.tokenizer.prepare(batch["images"].to(self.pixel_sums.device))
             result = self.tokenizer(images)
-            evaluation.add(
-                images, {name: level.codes for name, level in result.levels.items()}
-            )  # as `encode` gives them
+            codes = {name: level.codes for name, level in result.levels.items()}  # those of `encode`, but for near-ties
+            evaluation.add(images, codes)
             loss += self._loss(images, result, self.data_variance)[0] * len(images)
             num_images += len(images)
         return {"loss": float(loss) / max(1, num_images), **evaluation.report()}

@@ -63,7 +63,7 @@ class Native:
         self._lock = threading.Lock()
 
     def read_chunks(self, num_bytes: int) -> ReadChunks | None:
-        """`kernels.read_chunks`, for somebody who is about to decode so many bytes; None when they are decoded in Python.
+        """`kernels.read_chunks`, for somebody who will else decode so many bytes in Python; None when it is not there (yet).
 
         While one thread loads it, the others go on in Python.
         """

@@ -117,7 +117,7 @@ class ShardedArray:
 
     def read_chunk(self, chunk: int, out: np.ndarray[Any, Any]) -> None:
         """See `ChunkSource`."""
-        if self.read_chunks([chunk], out, below=0):
+        if self._read_compiled([chunk], out, 0, self._layout.raw_bytes):
             return
         number, inner = divmod(chunk, self._layout.chunks_per_shard)
         shard = self._open(number)
@@ -134,11 +134,11 @@ class ShardedArray:
 
     def read_chunks(self, chunks: Sequence[int], out: np.ndarray[Any, Any], below: int) -> int:
         """See `ChunkSource`."""
+        return self._read_compiled(chunks, out, below, 0)
+
+    def _read_compiled(self, chunks: Sequence[int], out: np.ndarray[Any, Any], below: int, else_decoded: int) -> int:
+        """The same; says how many bytes Python will decode if this gives 0, which is what compiled code is loaded for."""
         layout = self._layout
-        read = native.PROCESS.read_chunks(len(chunks) * layout.raw_bytes)
-        if read is None:
-            return 0
-        assert out.flags.c_contiguous
         table: list[tuple[int, int, int]] = []
         shards: list[_OpenShard] = []  # which must stay open
         for number, inner in (divmod(chunk, layout.chunks_per_shard) for chunk in chunks):
@@ -151,8 +151,12 @@ class ShardedArray:
                 break
             shards.append(shard)
             table.append((shard.file.descriptor, start, size))
-        places = np.array(table, np.int64).reshape(-1, 3)
+        read = native.PROCESS.read_chunks(else_decoded) if table else None
+        if read is None:
+            return 0
+        assert out.flags.c_contiguous
         memory = out.reshape(len(chunks), -1).view(np.uint8)
+        places = np.array(table, np.int64)
         return read(places, memory, layout.dtype.itemsize, layout.compressor == "blosc", below, *self._scratch())
 
     def _scratch(self) -> native.Scratch:
@@ -222,14 +226,20 @@ class RowReader:
         numbers = chunks[cuts[:-1]].tolist()
         done = 0
         while done < len(numbers):
-            run = done  # of whole chunks, to be read at once
-            while self._below and run < len(numbers) and cuts[run + 1] - cuts[run] == self.chunk_rows:
-                run += 1
-            if run > done:
-                done += self._source.read_chunks(numbers[done:run], out[cuts[done] : cuts[run]], self._below)
-            if done < len(numbers):
-                start, stop = cuts[done : done + 2]
-                self._read_from(numbers[done], rows[start:stop], out[start:stop])
+            stop = done  # of whole chunks in a row, to be read at once
+            while self._below and stop < len(numbers) and cuts[stop + 1] - cuts[stop] == self.chunk_rows:
+                stop += 1
+            while done < stop:
+                found = self._source.read_chunks(numbers[done:stop], out[cuts[done] : cuts[stop]], self._below)
+                done += found
+                last = min(done + 1, stop) if found else stop  # none found: they cannot be read at once, also not later
+                for place in range(done, last):
+                    self._read_from(
+                        numbers[place], rows[cuts[place] : cuts[place + 1]], out[cuts[place] : cuts[place + 1]]
+                    )
+                done = last
+            if done < len(numbers):  # a part of a chunk
+                self._read_from(numbers[done], rows[cuts[done] : cuts[done + 1]], out[cuts[done] : cuts[done + 1]])
                 done += 1
 
     def read_row(self, row: int, out: np.ndarray[Any, Any]) -> None:

@@ -240,3 +240,9 @@ def test_grids():
         two.grid("top", 20)
     with pytest.raises(CodesError, match="Did you mean 'top'"):
         two.grid("tops")
+
+
+def test_a_k_means_start_needs_as_many_features_as_codes():
+    with pytest.raises(CodesError, match="pool_size: expected codebook_size, 512, or more"):
+        TokenizerConfig(codebook_size=512, pool_size=511)
+    assert TokenizerConfig(codebook_size=512, pool_size=100, codebook_start="normal").pool_size == 100

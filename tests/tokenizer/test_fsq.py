@@ -95,3 +95,12 @@ def test_its_values_are_checked_by_the_configuration():
 
     with pytest.raises(CodesError, match="fsq_levels"):
         TokenizerConfig(quantizer="fsq", fsq_levels=(2, 1025), codebook_size=2050, code_dim=2)
+
+
+def test_codes_are_in_range_whatever_the_features_are():
+    quantizer = FSQuantizer((8, 5, 3))
+    strange = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e30])[:, None, None, None].expand(4, 3, 2, 2)
+    codes = quantizer.encode(strange)
+    assert codes.min() >= 0
+    assert codes.max() < quantizer.codebook_size
+    assert quantizer(strange).counts.sum() == codes.numel()

@@ -171,3 +171,11 @@ def test_codebooks_are_not_parameters():
     names = {name for name, _ in model.named_parameters()}
     assert not any("quantizer" in name for name in names)
     assert model.num_parameters == sum(parameter.numel() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("value", [200.0, -1.5, float("nan"), float("inf")], ids=str)
+def test_floats_that_are_no_pixels_are_refused(value):
+    images = torch.zeros(2, 3, 16, 16)
+    images[1, 0, 3, 5] = value
+    with pytest.raises(CodesError, match=r"expected floats in \[-1, 1\], found .* give uint8"):
+        small().encode(images)

@@ -16,6 +16,7 @@ from numcodecs import Blosc, Zstd
 import vqmill
 from vqmill import CodesError, native
 from vqmill.chunks import ChunkLayout, decode_chunk
+from vqmill.reader import RowReader
 
 SHUFFLES = {"bit": Blosc.BITSHUFFLE, "byte": Blosc.SHUFFLE, "none": Blosc.NOSHUFFLE}
 DTYPES = ("u1", "u2", "u4", "i8")
@@ -235,3 +236,35 @@ def test_the_compiled_code_is_kept_where_that_can_be(tmp_path, read_chunks, stor
 def test_other_types_are_refused_not_compiled(read_chunks):
     with pytest.raises(TypeError):
         read_chunks(np.empty((0, 3), np.int32), np.empty((0, 0), np.uint8), 1, True, 0, *native.Scratch.of(0, 0, 1))
+
+
+class Refusing:
+    """Chunks that cannot be read at once."""
+
+    chunk_shape, dtype = (4, 2, 2), np.dtype(np.uint16)
+
+    def __init__(self) -> None:
+        self.offered = 0
+
+    def read_chunk(self, chunk: int, out: np.ndarray) -> None:
+        out[:] = chunk
+
+    def read_chunks(self, chunks: list[int], out: np.ndarray, below: int) -> int:
+        self.offered += len(chunks)
+        return 0
+
+
+def test_what_cannot_be_read_at_once_is_offered_once():
+    source, out = Refusing(), np.empty((400, 2, 2), np.uint16)
+    RowReader(source, lambda values, first: None, "codes", 1 << 20, below=500).read(np.arange(400), out)
+    assert source.offered == 100
+    assert out[:, 0, 0].tolist() == (np.arange(400) // 4).tolist()
+
+
+def test_only_what_python_decodes_is_counted(store, monkeypatch):
+    counted = []
+    monkeypatch.setattr(native.PROCESS, "read_chunks", lambda number: counted.append(number))
+    codes = vqmill.open_codes(store)["top"]
+    rows = codes[:]
+    chunks = -(-len(codes) // codes.chunk_rows)
+    assert sum(counted) == chunks * codes.chunk_rows * rows[0].nbytes
