@@ -51,7 +51,9 @@ def run(common: Common, job: Callable[[], Result]) -> int:
         errors.print(f"To try again: {_command()}")
         return _failed(common, FAILED, str(error))
     except KeyboardInterrupt:
-        errors.print(f"stopped. Committed rows and the last resume point are safe; to go on: {_command()}")
+        errors.print(
+            f"stopped. What was committed, or saved as a resume point, is kept; to go on from there: {_command()}"
+        )
         return _failed(common, FAILED, "stopped")
 
 

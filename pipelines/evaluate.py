@@ -176,7 +176,7 @@ def select(folder: Path, plan: Plan, options: EvaluateOptions) -> Selection:
         return Selection(left_out, f"the hold-out of {left_out:g} that training left out")
     if record is None:
         return Selection(
-            None, f"all images: what it was trained on is not known, there is no {SETTINGS_FILE} beside it"
+            None, "all images: what it was trained on is not known, no settings of train-tokenizer lie beside it"
         )
     return Selection(
         None,
@@ -192,8 +192,12 @@ def _training_record(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         found = json.loads(path.read_bytes())
+        if (
+            found.get("command", "train-tokenizer") != "train-tokenizer"
+        ):  # an imported tokenizer: nobody knows what it was trained on
+            return None
         record = {"plan": str(found["plan"]), "holdout": float(found["holdout"])}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(
             f"{path}: expected the settings of train-tokenizer, found something else ({error!r}). Restore it from a copy; without the "
             "file, all images are looked at."

@@ -6,6 +6,7 @@ import hashlib
 import io
 import pickle
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ def _tensors(data: bytes, file: Path) -> tuple[dict[str, torch.Tensor], list[str
         CodesError: not a checkpoint, damaged, or it needs code to be read.
     """
     try:
+        _check_sums(data)
         with warnings.catch_warnings(action="ignore"):  # of old protocols; what cannot be read is an error
             loaded: Any = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         return unwrap(loaded)
@@ -86,6 +88,18 @@ def _tensors(data: bytes, file: Path) -> tuple[dict[str, torch.Tensor], list[str
         raise CodesError(
             f"{file}: not a whole checkpoint of torch ({_reason(error)}). Restore it from a copy."
         ) from error
+
+
+def _check_sums(data: bytes) -> None:
+    """Torch writes a CRC of every tensor into its zip archives, and does not look at it.
+
+    Raises:
+        CodesError: one does not fit; the part is named.
+    """
+    if zipfile.is_zipfile(io.BytesIO(data)):
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            if damaged := archive.testzip():
+                raise CodesError(f"damaged: the CRC of {damaged} does not fit. Restore it from a copy.")
 
 
 def _reason(error: Exception) -> str:

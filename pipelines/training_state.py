@@ -188,8 +188,9 @@ def collapsed(evaluation: Mapping[str, float]) -> list[str]:
         if kind == "perplexity" and perplexity < COLLAPSED_SHARE * (size := evaluation[f"{level}/codebook_size"]):
             found.append(
                 f"level {level}: the codebook has collapsed, its perplexity is {perplexity:.1f} of {size:.0f} codes (expected at least "
-                f"{COLLAPSED_SHARE:.0%}). Stop, and try a smaller --learning-rate, a later start_step or a larger revive_fraction in "
-                "[tokenizer]; or a smaller codebook_size, if the images are all alike."
+                f'{COLLAPSED_SHARE:.0%}). Stop, and try a smaller --learning-rate, or codebook_start = "kmeans" and revival = "rare" in '
+                "[tokenizer] where the preset has others (published ones begin at random and revive little, as their sources do); or a "
+                "smaller codebook_size, if the images are all alike."
             )
     return found
 

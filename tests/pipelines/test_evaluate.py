@@ -120,6 +120,9 @@ def test_of_another_corpus_it_looks_at_all_images(
     assert "empty: dog/empty" in printed
     assert run("evaluate", tokenizer_folder, photos) == 3
     assert "what it was trained on is not known" in capsys.readouterr().out
+    (trained / "settings.json").write_text('{"command": "import-checkpoint", "layout": "zalando"}')
+    assert run("evaluate", trained, photos) == 3
+    assert "what it was trained on is not known" in capsys.readouterr().out
 
 
 def test_out_holds_figures_pictures_and_what_was_left_out(
@@ -222,7 +225,11 @@ def test_what_cannot_be_is_refused(
 def test_a_damaged_record_of_the_training_is_refused(
     trained: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for text in ("{", '{"plan": "x"}', '{"plan": "x", "holdout": 3}'):
+    for text in (
+        "{",
+        '{"command": "train-tokenizer", "plan": "x"}',
+        '{"command": "train-tokenizer", "plan": "x", "holdout": 3}',
+    ):
         (trained / "settings.json").write_text(text)
         assert run("evaluate", trained, photos) == 2
         assert "settings.json: expected" in capsys.readouterr().err

@@ -85,6 +85,12 @@ def spoil(kind: str, path: Path, state: OrderedDict[str, torch.Tensor]) -> None:
     elif kind == "cut":
         torch.save(state, path)
         path.write_bytes(path.read_bytes()[:-3000])
+    elif kind == "flipped":
+        torch.save(state, path)
+        data = bytearray(path.read_bytes())
+        largest = max(state.values(), key=torch.numel)
+        data[data.index(largest.numpy().tobytes()[:64]) + 30] ^= 1
+        path.write_bytes(bytes(data))
     elif kind == "empty":
         path.write_bytes(b"")
     elif kind == "picture":
@@ -102,12 +108,13 @@ def spoil(kind: str, path: Path, state: OrderedDict[str, torch.Tensor]) -> None:
         ("code", "reading it would run code (Trying to load unsupported GLOBAL posix.mkdir"),
         ("pickle", "reading it would run code"),
         ("cut", "not a whole checkpoint"),
+        ("flipped", "damaged: the CRC of"),
         ("empty", "not a whole checkpoint"),
         ("picture", "no checkpoint of torch"),
         ("list", "expected a state dict"),
         ("nan", "tensor 'quantize_conv_t.bias' holds NaN"),
     ],
-    ids=["code", "pickle", "cut", "empty", "picture", "list", "nan"],
+    ids=["code", "pickle", "cut", "flipped", "empty", "picture", "list", "nan"],
 )
 def test_bad_files_are_refused(
     kind: str, message: str, published: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
