@@ -14,7 +14,7 @@ from tokenizer.passing import pass_gradient
 from tokenizer.quantized import Quantized, Quantizer, grid_of, rows_of, sample_rows
 from tokenizer.search import nearest
 
-MOST_REVIVED = 256  # codes in one update: each is drawn by itself, and the others can wait for the next
+MOST_REVIVED = 64  # codes in one update: each is drawn by itself, and the others can wait for the next
 LLOYD_ITERATIONS = 5  # after k-means++ seeding; more changes the distortion by little
 
 
