@@ -218,7 +218,9 @@ def _report(out: Path, *, already: bool) -> Result:
         f"tokenizer {record['fingerprint']}: {record['parameters']:,} parameters; held out: normalised MSE {evaluation['nmse']:.4f}, "
         f"PSNR {evaluation['psnr']:.2f} dB"
     )
-    for name in (key.removesuffix("/used_codes") for key in evaluation if key.endswith("/used_codes")):
+    levels = tokenizer.TokenizerConfig.from_dict(record["settings"]["tokenizer"]).level_names
+    names = [key.removesuffix("/used_codes") for key in evaluation if key.endswith("/used_codes")]
+    for name in sorted(names, key=lambda name: levels.index(name.partition("/")[0])):  # stages stay in their order
         used, size = int(evaluation[f"{name}/used_codes"]), int(evaluation[f"{name}/codebook_size"])
         lines.append(
             f"level {name}: {used} of {size} codes used ({used / size:.1%}), dataset perplexity {evaluation[f'{name}/perplexity']:.1f} "
