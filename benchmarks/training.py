@@ -14,10 +14,10 @@ import tokenizer
 from benchmarks.classic import ClassicVQVAE, classic_step, decoded_images, endless
 from benchmarks.measure import Line, medians, speed
 from pipelines.context import LocalContext
-from pipelines.corpus.holdout import holdout_batches
 from pipelines.corpus.images import Augmentation, Preprocessing
 from pipelines.corpus.plan import Plan, plan_corpus
 from pipelines.corpus.stream import TrainingStream
+from pipelines.corpus.walk import holdout_batches
 from pipelines.fit import FitConfig, fit
 from pipelines.memory import keep_freed_memory
 from pipelines.scenes import write_corpus

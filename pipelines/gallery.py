@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from PIL import Image
 
 from pipelines.pictures import Panel, Pixels, good_scale, side_by_side
 from tokenizer.evaluation import Measured
+from tokenizer.losses import to_bytes
 
 SHOWN = 8  # images at either end
 COLUMNS = 2
@@ -43,7 +43,8 @@ class Gallery:
     def add(self, names: Sequence[str], measured: Measured) -> None:
         """Takes up a batch and lets go what lies in the middle."""
         figures = measured.psnr.tolist()
-        originals, reconstructions = _to_bytes(measured.images), _to_bytes(measured.reconstructions)
+        originals = to_bytes(measured.images).cpu().numpy()
+        reconstructions = to_bytes(measured.reconstructions).cpu().numpy()
         new = map(Exhibit, figures, names, originals, reconstructions)
         kept = sorted([*self._kept, *new], key=lambda exhibit: exhibit.psnr)
         self._kept = kept if len(kept) <= 2 * SHOWN else kept[:SHOWN] + kept[-SHOWN:]
@@ -77,7 +78,3 @@ def error_maps(originals: Pixels, reconstructions: Pixels) -> Pixels:
     """Absolute error, the mean of the channels, four times as bright: uint8 [N, C, H, W] twice -> uint8 [N, 1, H, W]."""
     error = np.abs(originals.astype(np.float32) - reconstructions).mean(axis=1, keepdims=True)
     return np.clip(ERROR_GAIN * error, 0, 255).round().astype(np.uint8)
-
-
-def _to_bytes(images: torch.Tensor) -> Pixels:
-    return ((images + 1) * 127.5).round().to(torch.uint8).cpu().numpy()

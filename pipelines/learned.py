@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-import torch
-
 from tokenizer.evaluation import Measured
 from tokenizer.frechet import Moments, frechet_distance, load_inception
+from tokenizer.losses import to_bytes
 from tokenizer.lpips import load_lpips
 from vqmill.errors import UsageError
 
@@ -45,8 +44,8 @@ class LearnedMeasures:
         if self._lpips:
             self._distance += float(self._lpips(measured.images, measured.reconstructions).sum())
         if self._inception:
-            self._originals.add(self._inception(_to_bytes(measured.images)))
-            self._reconstructions.add(self._inception(_to_bytes(measured.reconstructions)))
+            self._originals.add(self._inception(to_bytes(measured.images)))
+            self._reconstructions.add(self._inception(to_bytes(measured.reconstructions)))
 
     def report(self) -> dict[str, float]:
         """`lpips`, the mean over images, and `rfid`: those that were asked for.
@@ -60,10 +59,6 @@ class LearnedMeasures:
         if self._inception:
             found["rfid"] = frechet_distance(self._originals.result(), self._reconstructions.result())
         return found
-
-
-def _to_bytes(images: torch.Tensor) -> torch.Tensor:
-    return ((images + 1) * 127.5).round().to(torch.uint8)
 
 
 def _sha256(path: Path | None) -> str | None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pipelines.context import Context
 from pipelines.errors import RunFailed
 from pipelines.pictures import good_scale, image_grid, save_picture
+from tokenizer.losses import to_bytes
 from vqmill.checkpoint import save_checkpoint
 from vqmill.files import canonical_json, write_whole
 
@@ -138,7 +139,7 @@ def _describe(values: Tensor) -> dict[str, Any]:
 def _draw(path: Path, images: Tensor, step: int) -> None:
     """The images [N, C, H, W], uint8 or float in [-1, 1] (what is not finite is black), eight in a row."""
     if images.is_floating_point():
-        images = ((images.float().nan_to_num(-1, 1, -1).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        images = to_bytes(images.float().nan_to_num(-1, 1, -1).clamp(-1, 1))
     grid = image_grid(images.cpu().numpy(), COLUMNS, good_scale(images.shape[-1]))
     save_picture(path, grid, {"nonfinite_step": step})
 

@@ -12,12 +12,13 @@ import pyarrow as pa
 import torch
 
 import tokenizer
-from pipelines.corpus.holdout import choose_holdout, holdout_batches
+from pipelines.corpus.holdout import choose_holdout
 from pipelines.corpus.images import Augmentation, Preprocessing
 from pipelines.corpus.plan import Plan
 from pipelines.corpus.problems import Problem
 from pipelines.corpus.samples import list_samples
 from pipelines.corpus.stream import TrainingStream
+from pipelines.corpus.walk import holdout_batches
 from pipelines.fit import Batch, FitConfig, Stream
 from pipelines.options import TENSORBOARD_FOLDER, FitFlags, choose_device
 from pipelines.outputs import RUN_FILE, OutputFolder, refuse_inside, require_room, run_record

@@ -44,6 +44,11 @@ def pixels(kind: str, outputs: Tensor) -> Tensor:
     return (median - LAPLACE_MARGIN) / (1 - 2 * LAPLACE_MARGIN) * 2 - 1
 
 
+def to_bytes(images: Tensor) -> Tensor:
+    """Pixels in [-1, 1] -> uint8 in [0, 255], rounded; of any shape."""
+    return ((images + 1) * 127.5).round().to(torch.uint8)
+
+
 def _inside(images: Tensor) -> Tensor:
     """[-1, 1] -> [0.1, 0.9], where logits are small."""
     return (images + 1) / 2 * (1 - 2 * LAPLACE_MARGIN) + LAPLACE_MARGIN

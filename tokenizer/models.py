@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tokenizer.config import TokenizerConfig
 from tokenizer.grouped import GroupedNet
-from tokenizer.losses import pixels
+from tokenizer.losses import pixels, to_bytes
 from tokenizer.net import Net
 from tokenizer.quantized import Quantized, Quantizer
 from tokenizer.strided import StridedNet
@@ -192,7 +192,7 @@ class Tokenizer(nn.Module):
         if dtype not in (torch.uint8, torch.float32):
             raise CodesError(f"dtype: expected torch.uint8 or torch.float32, found {dtype}.")
         images = self._pixels(self._outward(self.net.decode(self._checked(codes)))).clamp(-1, 1)
-        return images if dtype == torch.float32 else ((images + 1) * 127.5).round().to(torch.uint8)
+        return images if dtype == torch.float32 else to_bytes(images)
 
     def _checked(self, codes: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The codes as int64 on the model's device, once they are known to be decodable."""

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 import torch
@@ -15,13 +13,12 @@ from numpy.typing import NDArray
 from pipelines.corpus.decoding import decode_sample
 from pipelines.corpus.images import Preprocessing
 from pipelines.corpus.plan import InputShard, Plan
-from pipelines.corpus.problems import BadImage, CorpusError, Problem
+from pipelines.corpus.problems import BadImage, CorpusError
 from pipelines.corpus.samples import SampleRef, list_samples, load_sample
 from vqmill.errors import CodesError
 
 CERTAIN = 64  # with this many samples expected, a hold-out is empty once in e^64 corpora
 _WHOLE = 2**64
-_log = logging.getLogger(__name__)
 
 
 def hash_of_key(key: str) -> int:
@@ -95,71 +92,6 @@ def choose_holdout(plan: Plan, preprocessing: Preprocessing, fraction: float) ->
         f"{fraction:g} does not leave both ({plan.num_samples} samples in all). Add images, or hold out a smaller fraction; "
         f"what is wrong with samples says: vqmill inspect '{plan.corpus}'"
     )
-
-
-def holdout_batches(
-    plan: Plan,
-    preprocessing: Preprocessing,
-    fraction: float,
-    batch_size: int,
-    limit: int | None = None,
-    problems: dict[str, Problem] | None = None,
-) -> Iterator[dict[str, torch.Tensor]]:
-    """The held-out samples, cropped at the centre, the same ones in the same order every time.
-
-    Input shards are visited in an order drawn from their names, so that a limited number does not come from the first classes only.
-
-    Args:
-        plan: the corpus.
-        preprocessing: as for training.
-        fraction: as for training, above 0.
-        batch_size: B; the last batch may be smaller.
-        limit: at most this many samples.
-        problems: takes up the held-out samples that were met and left out, named by `sample_name`.
-
-    Yields:
-        `images`: uint8 [B, C, S, S]; `label`: int64 [B], -1 for none. Samples that do not decode are left out, see `problems`.
-
-    Raises:
-        CodesError: the fraction is out of range or 0.
-        CorpusError: no held-out sample decodes, or there are not two samples to divide.
-    """
-    if fraction == 0:
-        raise CodesError("hold-out: a fraction of 0 holds out nothing to validate with; choose one above 0.")
-    holdout = choose_holdout(plan, preprocessing, fraction)
-    if holdout.forced:
-        _log.warning(
-            "%s: a hold-out of %g caught no usable sample, so one sample is held out alone", plan.corpus, fraction
-        )
-    found = islice(_held_out(plan, preprocessing, holdout, {} if problems is None else problems), limit)
-    empty = True
-    while batch := list(islice(found, batch_size)):
-        empty = False
-        yield to_batch([pixels for pixels, _ in batch], [label for _, label in batch])
-    if empty:
-        raise CorpusError(
-            f"{plan.corpus}: none of the held-out images can be decoded. Look at its problems with: vqmill inspect '{plan.corpus}'"
-        )
-
-
-def _held_out(
-    plan: Plan, preprocessing: Preprocessing, holdout: Holdout, problems: dict[str, Problem]
-) -> Iterator[tuple[NDArray[np.uint8], int]]:
-    """Pixels and labels of the held-out samples that decode; the others go to `problems`."""
-    for shard in sorted(plan.shards, key=lambda shard: hash_of_key(shard.name)):
-        for ref in list_samples(shard):
-            if ref.key not in holdout:
-                continue
-            if ref.problem is not None:
-                problems[sample_name(shard, ref)] = ref.problem
-                continue
-            sample = load_sample(shard, ref)
-            try:
-                pixels = decode_sample(sample, preprocessing).pixels
-            except BadImage as bad:
-                problems[sample_name(shard, ref)] = bad.problem
-                continue
-            yield pixels, -1 if sample.label is None else sample.label
 
 
 def sample_name(shard: InputShard, ref: SampleRef) -> str:

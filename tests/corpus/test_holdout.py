@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from pipelines.corpus import CorpusError, Preprocessing, Problem, Reason, list_samples, plan_corpus
-from pipelines.corpus.holdout import choose_holdout, hash_of_key, holdout_batches, sample_name
+from pipelines.corpus.holdout import choose_holdout, hash_of_key, sample_name
 from pipelines.corpus.stream import Augmentation, TrainingStream
+from pipelines.corpus.walk import holdout_batches
 
 SMALL = Preprocessing(8)
 

@@ -23,8 +23,9 @@ from pipelines.corpus import (
     plan_corpus,
     read_samples,
 )
-from pipelines.corpus.holdout import choose_holdout, hash_of_key, holdout_batches, in_holdout
+from pipelines.corpus.holdout import choose_holdout, hash_of_key, in_holdout
 from pipelines.corpus.stream import TrainingStream
+from pipelines.corpus.walk import holdout_batches
 from vqmill.errors import CodesError
 
 SMALL = Preprocessing(8)

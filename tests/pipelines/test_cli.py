@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import vqmill
 from pipelines.cli import app
 from pipelines.options import FitFlags
 from pipelines.training_state import TrainingState
-from vqmill.layout import group_metadata, read_spec, smallest_codec
+from vqmill.layout import smallest_codec
 from vqmill.verify import verify_store
 
 COMMANDS = (
@@ -78,48 +77,6 @@ def test_help_teaches_every_command(command: str, capsys: pytest.CaptureFixture[
         if match := re.match(r"│ +\*? +(?:[A-Z]+ )?--[a-z-]+ *(?:[A-Z]+)? *│$", line):
             pytest.fail(f"{command}: no help for {match.group()}")
     assert flags
-
-
-@pytest.mark.usefixtures("ray_session")
-def test_a_folder_that_grows_is_appended(
-    tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    corpus, out = tmp_path / "photos", tmp_path / "codes.zarr"
-
-    def grow(*numbers: int) -> None:
-        corpus.mkdir(exist_ok=True)
-        for number in numbers:
-            pixels = np.random.default_rng(number).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(corpus / f"{number:03d}.png")
-
-    command = ("tokenize", corpus, "--tokenizer", tokenizer_folder, "--out", out, "--shard-rows", "8", "--workers", "1")
-    grow(*range(20))
-    assert run(*command, "--codec", "zstd", "--json") == 0
-    assert last_json(capsys)["appended_rows"] == 0
-    grow(*range(20, 30))
-    assert run(*command, "--codec", "blosc-lz4") == 2
-    assert 'codec: there "zstd", now "blosc-lz4"' in capsys.readouterr().err
-    assert run(*command, "--dry-run", "--json") == 0
-    assert "would append 10 samples to 20 rows" in (printed := capsys.readouterr().out)
-    assert json.loads(printed.splitlines()[-1])["appended_samples"] == 10
-    # Unfinished, and its plan ends inside the bundle that has grown: that plan is finished first.
-    (out / "zarr.json").write_bytes(group_metadata(replace(read_spec(out), complete=False)))
-    assert run(*command, "--json") == 0
-    printed = capsys.readouterr().out
-    assert "appended: 10 rows, behind the 20 of before" in printed
-    assert json.loads(printed.splitlines()[-1])["appended_rows"] == 10
-    codes = vqmill.open_codes(out)
-    assert codes.samples()["input_shard"].to_pylist() == [0] * 20 + [1] * 10
-    assert codes.spec.codec == "zstd"
-    assert [(part.first_row, part.num_samples) for part in codes.spec.segments] == [(0, 20), (20, 30)]
-    assert json.loads((tmp_path / "codes.zarr.run.json").read_bytes())["rows"] == 30
-    assert verify_store(out).problems == ()
-    assert run(*command, "--json") == 0
-    assert last_json(capsys)["appended_rows"] == 0
-    assert run("decode", out, "--out", tmp_path / "grid.png", "--rows", "18:24", "--originals", corpus) == 0
-    (corpus / "029.png").unlink()
-    assert run(*command) == 2
-    assert "more than this corpus: 30 samples, here are 29" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("ray_session")

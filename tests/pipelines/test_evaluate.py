@@ -15,11 +15,11 @@ from PIL import Image
 
 import tokenizer
 from pipelines.cli import app
-from pipelines.corpus.holdout import choose_holdout, holdout_batches, in_holdout
+from pipelines.corpus.holdout import choose_holdout, in_holdout
 from pipelines.corpus.images import Preprocessing
 from pipelines.corpus.plan import plan_corpus
 from pipelines.corpus.problems import Problem
-from pipelines.corpus.walk import walk_images
+from pipelines.corpus.walk import holdout_batches, walk_images
 from pipelines.gallery import SHOWN, Gallery, error_maps
 from tokenizer.evaluation import Measured
 from tokenizer.frechet import Moments, frechet_distance, load_inception
@@ -227,6 +227,8 @@ def test_a_damaged_record_of_the_training_is_refused(
 ) -> None:
     for text in (
         "{",
+        '{"plan": "x"}',
+        '{"plan": "x", "holdout": 3}',
         '{"command": "train-tokenizer", "plan": "x"}',
         '{"command": "train-tokenizer", "plan": "x", "holdout": 3}',
     ):

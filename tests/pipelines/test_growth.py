@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
+import vqmill
+from pipelines.cli import app
 from pipelines.corpus.plan import FileBundle, ImageFile, InputShard, Plan, TarFile
 from pipelines.growth import grows, require_same_job, stages
 from vqmill.errors import UsageError
+from vqmill.layout import group_metadata, read_spec
 from vqmill.spec import LevelSpec, Segment, StoreSpec
+from vqmill.verify import verify_store
 
 STORE = Path("codes.zarr")
+
+
+def run(*words: str | Path) -> int:
+    return app([str(word) for word in words])
 
 
 def tars(*counts: int, classes: Sequence[str] = ()) -> Plan:
@@ -109,3 +120,45 @@ def test_a_store_that_a_prior_drew_is_another() -> None:
     drawn = replace(spec_of(tars(3)), corpus={"sampled": {}}, segments=(Segment("sampled from f", 0, 0, 1, 3),))
     with pytest.raises(UsageError, match=r"(?s)corpus\.sampled.*Choose another --out"):
         require_same_job(STORE, drawn, spec_of(tars(3, 4)), tars(3, 4))
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_folder_that_grows_is_appended(
+    tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus, out = tmp_path / "photos", tmp_path / "codes.zarr"
+
+    def grow(*numbers: int) -> None:
+        corpus.mkdir(exist_ok=True)
+        for number in numbers:
+            pixels = np.random.default_rng(number).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(corpus / f"{number:03d}.png")
+
+    command = ("tokenize", corpus, "--tokenizer", tokenizer_folder, "--out", out, "--shard-rows", "8", "--workers", "1")
+    grow(*range(20))
+    assert run(*command, "--codec", "zstd", "--json") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["appended_rows"] == 0
+    grow(*range(20, 30))
+    assert run(*command, "--codec", "blosc-lz4") == 2
+    assert 'codec: there "zstd", now "blosc-lz4"' in capsys.readouterr().err
+    assert run(*command, "--dry-run", "--json") == 0
+    assert "would append 10 samples to 20 rows" in (printed := capsys.readouterr().out)
+    assert json.loads(printed.splitlines()[-1])["appended_samples"] == 10
+    # Unfinished, and its plan ends inside the bundle that has grown: that plan is finished first.
+    (out / "zarr.json").write_bytes(group_metadata(replace(read_spec(out), complete=False)))
+    assert run(*command, "--json") == 0
+    printed = capsys.readouterr().out
+    assert "appended: 10 rows, behind the 20 of before" in printed
+    assert json.loads(printed.splitlines()[-1])["appended_rows"] == 10
+    codes = vqmill.open_codes(out)
+    assert codes.samples()["input_shard"].to_pylist() == [0] * 20 + [1] * 10
+    assert codes.spec.codec == "zstd"
+    assert [(part.first_row, part.num_samples) for part in codes.spec.segments] == [(0, 20), (20, 30)]
+    assert json.loads((tmp_path / "codes.zarr.run.json").read_bytes())["rows"] == 30
+    assert verify_store(out).problems == ()
+    assert run(*command, "--json") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["appended_rows"] == 0
+    assert run("decode", out, "--out", tmp_path / "grid.png", "--rows", "18:24", "--originals", corpus) == 0
+    (corpus / "029.png").unlink()
+    assert run(*command) == 2
+    assert "more than this corpus: 30 samples, here are 29" in capsys.readouterr().err
