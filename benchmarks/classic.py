@@ -80,51 +80,64 @@ class _Decoder(nn.Module):
         return self._conv_trans_2(F.relu(self._conv_trans_1(self._residual_stack(self._conv_1(x)))))
 
 
-class _OneHotEMA(nn.Module):
-    """Distances to all entries, a one-hot matrix, moving averages of its column sums."""
+class _OneHot(nn.Module):
+    """Distances to all entries and a one-hot matrix; entries move by its column sums' moving averages, or by gradients from a uniform start."""
 
-    def __init__(self, codebook_size: int, width: int, decay: float = 0.99, epsilon: float = 1e-5) -> None:
+    _ema_cluster_size: Tensor
+
+    def __init__(
+        self, codebook_size: int, width: int, *, gradient: bool, decay: float = 0.99, epsilon: float = 1e-5
+    ) -> None:
         super().__init__()
-        self.decay, self.epsilon = decay, epsilon
+        self.gradient, self.decay, self.epsilon = gradient, decay, epsilon
         self._embedding = nn.Embedding(codebook_size, width)
+        if gradient:
+            self._embedding.weight.data.uniform_(-1 / codebook_size, 1 / codebook_size)
+            return
         self._embedding.weight.data.normal_()
         self._embedding.weight.requires_grad_(False)
         self.register_buffer("_ema_cluster_size", torch.zeros(codebook_size))
         self._ema_w = nn.Parameter(torch.randn(codebook_size, width), requires_grad=False)
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Features [N, D, h, w] -> their entries, the commitment loss, and one-hot codes [N*h*w, K]."""
+        """Features [N, D, h, w] -> their entries, the codebook's losses, and one-hot codes [N*h*w, K]."""
         last = z.permute(0, 2, 3, 1).contiguous()
         rows, table = last.view(-1, last.shape[-1]), self._embedding.weight
         distances = rows.square().sum(1, keepdim=True) + table.square().sum(1) - 2 * rows @ table.T
         hot = torch.zeros(len(rows), len(table)).scatter_(1, distances.argmin(1, keepdim=True), 1)
         chosen = (hot @ table).view_as(last)
-        if self.training:
-            with torch.no_grad():
-                size = self._ema_cluster_size * self.decay + (1 - self.decay) * hot.sum(0)
-                total = size.sum()
-                size = (size + self.epsilon) / (total + len(table) * self.epsilon) * total
-                self._ema_cluster_size.copy_(size)
-                self._ema_w.mul_(self.decay).add_(hot.T @ rows, alpha=1 - self.decay)
-                table.copy_(self._ema_w / size[:, None])
-        loss = F.mse_loss(chosen.detach(), last)
+        loss = 0.25 * F.mse_loss(chosen.detach(), last)
+        if self.gradient:
+            loss = loss + F.mse_loss(chosen, last.detach())
+        elif self.training:
+            self._follow(hot, rows)
         return (last + (chosen - last).detach()).permute(0, 3, 1, 2).contiguous(), loss, hot
+
+    @torch.no_grad()
+    def _follow(self, hot: Tensor, rows: Tensor) -> None:
+        size = self._ema_cluster_size * self.decay + (1 - self.decay) * hot.sum(0)
+        total = size.sum()
+        size = (size + self.epsilon) / (total + len(hot.T) * self.epsilon) * total
+        self._ema_cluster_size.copy_(size)
+        self._ema_w.mul_(self.decay).add_(hot.T @ rows, alpha=1 - self.decay)
+        self._embedding.weight.copy_(self._ema_w / size[:, None])
 
 
 class ClassicVQVAE(nn.Module):
     """Encoder, 1x1 convolution, codebook, decoder; the sizes of both notebooks unless others are given."""
 
     def __init__(
-        self, channels: int = 3, hidden: int = 128, residual: int = 32, width: int = 64, codebook_size: int = 512, bias: bool = True
+        self, channels: int = 3, hidden: int = 128, residual: int = 32, width: int = 64, codebook_size: int = 512, bias: bool = True,
+        gradient: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self._encoder = _Encoder(channels, hidden, residual, bias)
         self._pre_vq_conv = nn.Conv2d(hidden, width, 1)
-        self._vq_vae = _OneHotEMA(codebook_size, width)
+        self._vq_vae = _OneHot(codebook_size, width, gradient=gradient)
         self._decoder = _Decoder(width, channels, hidden, residual, bias)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Images in [-1, 1] -> reconstructions, the commitment loss, one-hot codes."""
+        """Images in [-1, 1] -> reconstructions, the codebook's losses, one-hot codes."""
         vectors, loss, hot = self._vq_vae(self._pre_vq_conv(self._encoder(images)))
         return self._decoder(vectors), loss, hot
 
@@ -134,9 +147,9 @@ def classic_step(
 ) -> dict[str, float]:
     """One training step on images in [-1, 1]; gives `nmse` and the batch's perplexity."""
     optimizer.zero_grad()
-    found, commitment, hot = model(images)
+    found, quantization, hot = model(images)
     error = F.mse_loss(found, images) / variance
-    (error + 0.25 * commitment).backward()
+    (error + quantization).backward()
     optimizer.step()
     return {"nmse": error.item(), "codes/batch_perplexity": _perplexity(hot.mean(0))}
 
@@ -181,13 +194,16 @@ def main() -> None:
         ("size", int, 32), ("channels", int, 3), ("steps", int, 10_000), ("batch-size", int, 32), ("learning-rate", float, 3e-4), ("seed", int, 0),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=kind, default=default)
+    parser.add_argument(
+        "--gradient", action="store_true", help="a codebook moved by gradients from a uniform start, not by averages"
+    )
     asked = parser.parse_args()
     torch.manual_seed(asked.seed)
     asked.out.mkdir(parents=True)
     images = decoded_images(asked.corpus, asked.size, asked.channels)
     held_out = decoded_images(asked.validate, asked.size, asked.channels)
     variance = float((images.double() / 127.5 - 1).var(unbiased=False))
-    model = ClassicVQVAE(asked.channels).train()
+    model = ClassicVQVAE(asked.channels, gradient=asked.gradient).train()
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=asked.learning_rate)
     batches = endless(DataLoader(TensorDataset(images), batch_size=asked.batch_size, shuffle=True, drop_last=True))
     begun = time.monotonic()

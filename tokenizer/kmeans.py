@@ -11,8 +11,9 @@ from tokenizer.search import nearest
 def seed_entries(points: Tensor, num_entries: int, generator: torch.Generator, known: Tensor | None = None) -> Tensor:
     """Draws points to become entries, each with a probability proportional to its squared distance from all entries so far.
 
-    That is k-means++ (Arthur & Vassilvitskii 2007). Points that an entry already stands for are not drawn again, which matters on
-    images, where flat areas make most encoder outputs equal.
+    That is k-means++ (Arthur & Vassilvitskii 2007), in rounds (as Bahmani et al. 2012 have it): a round draws, without putting back, one
+    point for every sixteen entries that there are, so that thousands do not take thousands of passes over the points. Points that an
+    entry already stands for are not drawn again, which matters on images, where flat areas make most encoder outputs equal.
 
     Args:
         points: float [P, D] on the CPU, P >= 1.
@@ -23,26 +24,25 @@ def seed_entries(points: Tensor, num_entries: int, generator: torch.Generator, k
     Returns:
         float [num_entries, D], rows of `points`.
     """
-    if known is None or len(known) == 0:
-        distances = torch.full((len(points),), torch.inf)
-    else:
-        distances = (points - known[nearest(points, known)]).square().sum(dim=1)
-    drawn = []
-    for _ in range(num_entries):
-        chosen = points[_draw(distances, generator)]
-        distances = torch.minimum(distances, (points - chosen).square().sum(dim=1))
-        drawn.append(chosen)
-    return torch.stack(drawn) if drawn else points[:0]
+    newest = points[:0] if known is None else known
+    distances = torch.ones(len(points)) if len(newest) == 0 else torch.full((len(points),), torch.inf)
+    entries, drawn = len(newest), [points[:0]]
+    while num_entries > 0:
+        if len(newest):
+            distances = torch.minimum(distances, (points - newest[nearest(points, newest)]).square().sum(dim=1))
+        newest = points[_draw(distances, min(num_entries, max(1, entries // 16)), generator)]
+        if entries == 0:
+            distances.fill_(torch.inf)
+        entries, num_entries = entries + len(newest), num_entries - len(newest)
+        drawn.append(newest)
+    return torch.cat(drawn)
 
 
-def _draw(weights: Tensor, generator: torch.Generator) -> int:
-    """An index with probability proportional to its weight; uniform when the weights say nothing (all infinite or all zero)."""
-    cumulative = weights.double().cumsum(0)
-    total = float(cumulative[-1])
-    if not 0 < total < float("inf"):
-        return int(torch.randint(len(weights), (), generator=generator))
-    place = torch.rand((), generator=generator, dtype=torch.float64) * total
-    return min(int(torch.searchsorted(cumulative, place, right=True)), len(weights) - 1)
+def _draw(weights: Tensor, number: int, generator: torch.Generator) -> Tensor:
+    """Different indices with probabilities proportional to their weights (Efraimidis & Spirakis 2006), at most as many as there are."""
+    waiting = torch.empty_like(weights).exponential_(generator=generator)
+    shares = weights.clamp(min=torch.finfo(weights.dtype).tiny)  # where all points are taken, all are as good
+    return (shares / waiting).topk(min(number, len(weights))).indices
 
 
 def refine_entries(points: Tensor, entries: Tensor, num_iterations: int) -> tuple[Tensor, Tensor, Tensor]:

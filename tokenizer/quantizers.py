@@ -14,7 +14,8 @@ from tokenizer.passing import pass_gradient
 from tokenizer.quantized import Quantized, Quantizer, grid_of, rows_of, sample_rows
 from tokenizer.search import nearest
 
-MOST_REVIVED = 64  # codes in one update: each is drawn by itself, and the others can wait for the next
+MOST_REVIVED = 64  # codes in one update; the others can wait for the next
+REVIVAL_POINTS = 1024  # that revived codes are drawn from: at least sixteen for each
 LLOYD_ITERATIONS = 5  # after k-means++ seeding; more changes the distortion by little
 
 
@@ -102,13 +103,13 @@ class CodebookQuantizer(Quantizer):
             rows, entries = self._rows(z), self.entries
             codes = nearest(rows.detach(), entries.detach())
             chosen = F.embedding(codes, entries)
-            vectors = pass_gradient(rows, chosen.detach(), rotation=self.recipe.rotation)
-            loss = self.recipe.commitment_cost * F.mse_loss(rows, chosen.detach())
-            loss = loss + self._entries_loss(rows.detach(), chosen)
-            if self.training and self.first_update:
-                started = self.num_updates >= self.first_update
-                vectors = torch.where(started, vectors, rows)
-                loss = loss * started
+            if self.training and self.num_updates < self.first_update:
+                vectors = rows
+                loss = 0 * entries.sum()  # the codebook is in it, because ranks wait for each weight's gradient
+            else:
+                vectors = pass_gradient(rows, chosen.detach(), rotation=self.recipe.rotation)
+                loss = self.recipe.commitment_cost * F.mse_loss(rows, chosen.detach())
+                loss = loss + self._entries_loss(rows.detach(), chosen)
             rows = rows.detach()
             counts, sums = cluster_statistics(rows, codes, self.codebook_size)
             pool = sample_rows(rows, self.recipe.pool_size)
@@ -128,7 +129,7 @@ class CodebookQuantizer(Quantizer):
             return {"codebook": replaced}
         if num_updates == self.first_update:
             replaced = ~replaced
-            points = self._thinned(pool, generator)
+            points = self._thinned(pool, 32 * self.codebook_size, generator)
             entries = seed_entries(points, self.codebook_size, generator)
             entries, counts, sums = refine_entries(points, entries, LLOYD_ITERATIONS)
             self._replace(replaced, entries.to(self.codebook))
@@ -152,7 +153,8 @@ class CodebookQuantizer(Quantizer):
         if num_dead == 0:
             return dead
         if self.recipe.revival == "rare":  # drawn by the k-means++ rule, far from the entries that live
-            entries = seed_entries(self._thinned(pool, generator), num_dead, generator, self.entries[~dead].cpu())
+            points = self._thinned(pool, REVIVAL_POINTS, generator)
+            entries = seed_entries(points, num_dead, generator, self.entries[~dead].cpu())
         else:  # uniformly, as the source does
             entries = pool.cpu()[torch.randint(len(pool), (num_dead,), generator=generator)]
         self.ema_counts[dead] = mean
@@ -160,10 +162,10 @@ class CodebookQuantizer(Quantizer):
         self._replace(dead, entries.to(self.codebook))
         return dead
 
-    def _thinned(self, pool: Tensor, generator: torch.Generator) -> Tensor:
-        """At most 32 K features of the pool, on the CPU: many ranks must not make k-means slow."""
-        chosen = torch.randperm(len(pool), generator=generator)[: 32 * self.codebook_size]
-        return pool.detach().cpu()[chosen]
+    def _thinned(self, pool: Tensor, number: int, generator: torch.Generator) -> Tensor:
+        """At most so many features of the pool, on the CPU: many ranks must not make k-means slow."""
+        chosen = torch.randperm(len(pool), generator=generator)[:number]
+        return pool.detach()[chosen.to(pool.device)].cpu()
 
     @torch.no_grad()
     def sort_by_usage(self) -> None:

@@ -37,7 +37,7 @@ def layout(request, monkeypatch):
 def products(request, monkeypatch):
     """Both ways to compute products; on machines without oneDNN they are one."""
     if request.param == "without oneDNN":
-        monkeypatch.setattr(search, "_products", lambda: F.linear)
+        monkeypatch.setattr(search, "_products", lambda: search._by_linear)
 
 
 @pytest.mark.usefixtures("layout", "products")
@@ -52,6 +52,18 @@ def test_equals_the_naive_search(vectors, entries, width):
     clear = best.values[:, min(1, entries - 1)] - best.values[:, 0] > CLEAR if entries > 1 else torch.ones(1) > 0
     assert clear.float().mean() > 0.9
     assert torch.equal(nearest(z, codebook)[clear], best.indices[:, 0][clear])
+
+
+@pytest.mark.usefixtures("layout", "products")
+@pytest.mark.parametrize("part", [1, 7, 64, 65])
+def test_a_codebook_in_parts_is_searched_as_a_whole(monkeypatch, part):
+    monkeypatch.setattr(search, "PART_NUMBERS", part * 3)
+    generator = torch.Generator().manual_seed(3)
+    z = torch.randint(
+        -3, 4, (300, 3), generator=generator
+    ).float()  # whole numbers: all sums are exact, ties are common
+    codebook = torch.randint(-3, 4, (130, 3), generator=generator).float()
+    assert torch.equal(nearest(z, codebook), naive(z, codebook))
 
 
 @pytest.mark.parametrize("vectors", [0, 1, 15, 16, 17, 31, 32, 33])
@@ -133,9 +145,9 @@ def reduced(request):
 def test_products_are_exact_and_the_callers_setting_stays(monkeypatch, reduced):
     during = []
 
-    def product(x: Tensor, codebook: Tensor, bias: Tensor) -> Tensor:
+    def product(codebook: Tensor, bias: Tensor, rows: int) -> search.Scores:
         during.append(MATMUL.fp32_precision)
-        return F.linear(x, codebook, bias)
+        return search._by_linear(codebook, bias, rows)
 
     monkeypatch.setattr(search, "_products", lambda: product)
     z, codebook = normal(50, 8), normal(64, 8, seed=1)
@@ -148,12 +160,16 @@ def test_products_are_exact_and_the_callers_setting_stays(monkeypatch, reduced):
 @pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this torch has no such operation")
 def test_onednn_is_used_where_it_is():
     search._products.cache_clear()
-    assert search._products() is not F.linear
+    assert search._products() is not search._by_linear
 
 
 @pytest.mark.parametrize("fault", [RuntimeError("no such operation"), None], ids=["missing", "inexact"])
 def test_a_product_that_fails_or_differs_is_not_used_and_that_is_said(monkeypatch, caplog, fault):
     class Operations:
+        @staticmethod
+        def _reorder_linear_weight(codebook: Tensor, rows: int) -> Tensor:
+            return codebook
+
         @staticmethod
         def _linear_pointwise(x: Tensor, codebook: Tensor, bias: Tensor, *rest: object) -> Tensor:
             if fault:
@@ -164,7 +180,7 @@ def test_a_product_that_fails_or_differs_is_not_used_and_that_is_said(monkeypatc
     search._products.cache_clear()
     try:
         with caplog.at_level(logging.INFO, "tokenizer.search"):
-            assert search._products() is F.linear
+            assert search._products() is search._by_linear
     finally:
         search._products.cache_clear()
     assert ("no such operation" if fault else "its results differ") in caplog.text
