@@ -57,7 +57,7 @@ def sample(
                 num,
                 labels,
                 seed=seed,
-                temperature=temperature,
+                drawing=priors.Drawing(temperature=temperature),
                 batch_size=batch_size,
                 device=chosen,
                 progress=show,
