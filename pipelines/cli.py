@@ -42,7 +42,7 @@ def train_tokenizer(
 
 @app.command
 def evaluate(
-    tokenizer: Path, corpus: str, /, *, out: Path | None = None, size: int | None = None, holdout: float | None = None,
+    *places: str, tokenizer_module: str | None = None, out: Path | None = None, size: int | None = None, holdout: float | None = None,
     everything: Annotated[bool, Parameter(name="--all", negative="")] = False, limit: int | None = None, batch_size: int = 32,
     by_label: Annotated[bool, Parameter(negative="")] = False, precision: Precision = "fp32", device: Device = "auto",
     lpips: Path | None = None, lpips_backbone: Path | None = None, rfid: Path | None = None, common: Common = Common(),
@@ -53,10 +53,12 @@ def evaluate(
     at, else all images; the output says which.
 
         vqmill evaluate runs/tok photos/ --out runs/tok-evaluation
+        vqmill evaluate photos/ --tokenizer-module my_models.vqgan:make
 
     Args:
-        tokenizer: the folder that train-tokenizer wrote.
-        corpus: a folder of images, quoted tar shards, or torchvision:NAME?root=DIR.
+        places: the folder that train-tokenizer or import-checkpoint wrote, and the corpus: a folder of images, quoted tar shards, or
+            torchvision:NAME?root=DIR. With --tokenizer-module the corpus alone.
+        tokenizer_module: package.module:factory, your own code, as for tokenize.
         out: a folder to make: evaluation.json, worst_and_best.png (original, reconstruction and error), quarantine.parquet, run.json.
         size: side in pixels that images are resized and cropped to; the tokenizer's training size if not given.
         holdout: look at this share of the samples, chosen by their keys as in training.
@@ -73,10 +75,10 @@ def evaluate(
     from pipelines.evaluate import EvaluateOptions
     from pipelines.evaluate import evaluate as job
 
-    return run(common, lambda: job(tokenizer, corpus, out, EvaluateOptions(
+    return run(common, lambda: job(places, out, EvaluateOptions(
         size=size, holdout=holdout, everything=everything, limit=limit, batch_size=batch_size, device=device, precision=precision,
         by_label=by_label, lpips=lpips, lpips_backbone=lpips_backbone, rfid=rfid,
-    )))  # fmt: skip
+    ), module=tokenizer_module))  # fmt: skip
 
 
 @app.command

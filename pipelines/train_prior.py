@@ -132,10 +132,11 @@ def train_prior(store: Path, out: Path, *, preset: str, config: Path | None, hol
     if not 0 < holdout < 1:
         raise UsageError(f"--holdout must lie between 0 and 1, got {holdout}.")
     codes = open_codes(store)
+    shapes = level_shapes(codes)
     split_rows(codes, holdout)
     try:
         prior_config = priors.preset_config(
-            preset, level_shapes(codes), num_classes(codes), codes.spec.tokenizer["fingerprint"], **tables["prior"]
+            preset, shapes, num_classes(codes), codes.spec.tokenizer["fingerprint"], **tables["prior"]
         )
     except CodesError as error:
         raise UsageError(str(error)) from error
@@ -193,8 +194,12 @@ def level_shapes(codes: Codes) -> list[priors.LevelShape]:
     """
     for level in codes.spec.levels:
         if len(level.grid) != 2:
+            cause = ""
+            if "depth" in level.axes:
+                cause = f"Its codes have {level.grid[0]} residual stages: tokenize with a tokenizer without them (num_quantizers = 1 in [tokenizer]). "
             raise UsageError(
-                f"{codes.path}: level '{level.name}' has grid {level.grid}; priors over images (h, w) are what is there so far."
+                f"{codes.path}: level '{level.name}' has the axes {', '.join(level.axes)} (a row is {'x'.join(map(str, level.grid))}), but a "
+                f"prior models one code at each place, row, y, x. {cause}For a model of your own, read the codes with vqmill.open_codes."
             )
     return [
         priors.LevelShape(level.name, level.codebook_size, (level.grid[0], level.grid[1]))
