@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,18 +74,19 @@ def image_grid(images: Pixels, columns: int, scale: int = 1) -> Image.Image:
 
 
 def side_by_side(panels: Sequence[Panel], columns: int, scale: int = 1) -> Image.Image:
-    """Panels from left to right, each with its title above."""
+    """Panels from left to right, each with its title above, no narrower than that."""
+    font = ImageFont.load_default(size=14)
     grids = [(panel.title, image_grid(panel.images, columns, scale)) for panel in panels]
-    width = MARGIN + sum(grid.width + MARGIN for _, grid in grids)
+    widths = [max(grid.width, math.ceil(font.getlength(title))) for title, grid in grids]
+    width = MARGIN + sum(wide + MARGIN for wide in widths)
     height = TITLE + 2 * MARGIN + max(grid.height for _, grid in grids)
     sheet = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(size=14)
     left = MARGIN
-    for title, grid in grids:
+    for wide, (title, grid) in zip(widths, grids, strict=True):
         draw.text((left, MARGIN - 2), title, INK, font)
         sheet.paste(grid, (left, MARGIN + TITLE))
-        left += grid.width + MARGIN
+        left += wide + MARGIN
     return sheet
 
 
