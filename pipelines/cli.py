@@ -10,6 +10,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from pipelines.app import app, run
+from pipelines.cli_priors import score
 from pipelines.cli_stores import merge, repair, slice_store, verify
 from pipelines.memory import keep_freed_memory
 from pipelines.options import Codec, Common, Device, FitFlags, Layout, PixelRange, Precision
@@ -205,6 +206,9 @@ def sample(
         prior, tokenizer, out, module=tokenizer_module, num=num, seed=seed, label=label, temperature=temperature, codes=codes, columns=columns,
         batch_size=batch_size, device=device,
     ))  # fmt: skip
+
+
+app.command(score)
 
 
 @app.command

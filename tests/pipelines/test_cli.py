@@ -32,6 +32,7 @@ COMMANDS = (
     "decode",
     "train-prior",
     "sample",
+    "score",
     "import-checkpoint",
     "check-tokenizer",
     "demo",

@@ -1,0 +1,294 @@
+"""The command `score`: how surprising each row of a store is to a prior, and where."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import zarr
+
+import priors
+from pipelines.decode import decode_rows, load_tokenizer_of
+from pipelines.options import Device, choose_device, row_range
+from pipelines.outputs import RUN_FILE, OutputFolder, require_room, run_record
+from pipelines.pictures import Panel, code_panels, good_scale, save_picture, side_by_side
+from pipelines.prior_inputs import check_labels, check_store
+from pipelines.progress import Meter, meter
+from pipelines.results import Result
+from pipelines.surprise import WHITE_BITS, Floats, ends, has_peers, heat, z_scores
+from pipelines.train_prior import BASELINE_CODES, evenly
+from priors.level import inference
+from priors.likelihood import level_nats
+from tokenizer.protocol import ImageTokenizer
+from vqmill import Codes, open_codes
+from vqmill.commits import Counts
+from vqmill.errors import CodesError, UsageError
+from vqmill.files import canonical_json, sync_folder, write_whole
+from vqmill.spec import MISSING_LABEL
+
+SCORE_FILE = "score.json"
+TABLE_FILE = "scores.parquet"
+MAPS_FOLDER = "maps.zarr"
+PICTURE_FILE = "least_and_most_likely.png"
+MAP_CHUNK_CODES = 1 << 20  # of each level: 2 MiB of float16, which is also what is held before it is written
+ROW_BYTES = 256  # of the table: a key and the figures
+MAX_NUM = 1024
+COLUMNS = 4
+CODES_SIDE = 64  # pixels of a grid of codes, when there is no image to be as large as
+LISTED = 5
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """How to score; see `vqmill score --help`."""
+
+    rows: str = ":"
+    num: int = 8
+    batch_size: int = 32
+    device: Device = "auto"
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What is to be scored, resolved."""
+
+    prior: priors.Prior
+    codes: Codes
+    rows: range
+    labels: np.ndarray[Any, Any]
+    model: ImageTokenizer | None
+    notes: list[str]
+    options: ScoreOptions
+    device: str
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that shapes the output, but for how devices and batches round."""
+        return {
+            "command": "score", "prior": self.prior.fingerprint, "store": self.codes.spec.settings(), "store_rows": len(self.codes),
+            "rows": [self.rows.start, self.rows.stop], "num": self.options.num, "picture": "images" if self.model else "codes",
+        }  # fmt: skip
+
+
+def score(
+    prior_path: Path, store: Path, out: Path, options: ScoreOptions, *, tokenizer_path: Path | None, module: str | None
+) -> Result:
+    """Runs the command; see `vqmill score --help`."""
+    if options.batch_size < 1:
+        raise UsageError(f"--batch-size must be at least 1, got {options.batch_size}.")
+    if not 1 <= options.num <= MAX_NUM:
+        raise UsageError(f"--num must lie in 1..{MAX_NUM:,}, got {options.num}.")
+    device = choose_device(options.device)
+    prior, codes = priors.load(prior_path), open_codes(store)
+    check_store(prior.config, prior_path, codes)
+    rows = row_range(options.rows, len(codes))
+    labels = codes.label_array[rows.start : rows.stop]
+    notes = [check_labels(prior.config, prior_path, codes, rows, labels)]
+    try:
+        model = load_tokenizer_of(codes, tokenizer_path, module)
+    except UsageError as error:
+        if tokenizer_path or module:
+            raise
+        model, notes = None, [*notes, f"the picture shows codes as colours, not images: {error}"]
+    job = _Job(prior.to(device), codes, rows, labels, model, list(filter(None, notes)), options, device)
+    if model:
+        model.to(device)
+    require_room(out, len(rows) * (ROW_BYTES + 2 * sum(level.num_codes for level in prior.config.levels)))
+    with OutputFolder(out, job.settings) as place:
+        if not place.finished:
+            record = _write(job, place.folder) | {"place": str(prior_path), "store": str(store)}
+            run = run_record(
+                prior=str(prior_path), store=str(store), tokenizer=tokenizer_path and str(tokenizer_path), tokenizer_module=module,
+                settings=job.settings, device=device,
+            )  # fmt: skip
+            write_whole(place.folder / RUN_FILE, canonical_json(run))
+            write_whole(place.folder / SCORE_FILE, canonical_json(record))
+            place.finish()
+    return _result(out, already=place.finished)
+
+
+def _write(job: _Job, folder: Path) -> dict[str, Any]:
+    """Scores, and fills the output folder; gives JSON with all that is printed."""
+    with meter("scoring", "rows") as show:
+        maps, bits = _write_maps(job, folder / MAPS_FOLDER, show)
+    total = sum(bits.values(), np.zeros(len(job.rows)))
+    table = _figures(job, bits, total)
+    _write_table(job, table, folder / TABLE_FILE)
+    least, most = ends(total, job.options.num)
+    save_picture(
+        folder / PICTURE_FILE,
+        side_by_side(*_panels(job, maps, {"least likely": least, "most likely": most})),
+        job.settings,
+    )
+    for path in (folder, *folder.rglob("*")):  # zarr and pyarrow leave this to the kernel
+        sync_folder(path)
+    return {
+        "prior": job.prior.fingerprint, "tokenizer": job.prior.config.tokenizer_fingerprint, "row_range": [job.rows.start, job.rows.stop],
+        "levels": [_level_record(job, level, bits[level.name]) for level in job.prior.config.levels],
+        "bits": float(total.mean()), "bits_deviation": float(total.std()), "bits_per_code": float(table["bits_per_code"].mean()),
+        "labels": _label_records(job, total), "notes": job.notes,
+        "least_likely": _named(job, table, least), "most_likely": _named(job, table, most),
+    }  # fmt: skip
+
+
+def _write_maps(job: _Job, path: Path, show: Meter) -> tuple[dict[str, zarr.Array[Any]], dict[str, Floats]]:
+    """Writes bits per code; gives the arrays [N, h, w], and bits per row, float64 [N], by level."""
+    levels, number = job.prior.config.levels, len(job.rows)
+    block = min(number, max(1, MAP_CHUNK_CODES // max(level.num_codes for level in levels)))
+    attributes = {"unit": "bits per code", "prior": job.prior.fingerprint, "first_row": job.rows.start}
+    group = zarr.create_group(path, overwrite=True, attributes=attributes)
+    maps = {
+        level.name: group.create_array(
+            level.name, shape=(number, *level.grid), chunks=(block, *level.grid), dtype=np.float16,
+            fill_value=math.nan, dimension_names=("row", "y", "x"),
+        )
+        for level in levels
+    }  # fmt: skip
+    bits = {level.name: np.empty(number) for level in levels}
+    for first in range(0, number, block):
+        stop = min(first + block, number)
+        held = {level.name: np.empty((stop - first, *level.grid), np.float16) for level in levels}
+        for start in range(first, stop, job.options.batch_size):
+            end = min(start + job.options.batch_size, stop)
+            for name, values in _bits_per_code(job, start, end).items():
+                bits[name][start:end] = values.sum((1, 2), dtype=np.float64)
+                held[name][start - first : end - first] = values
+            show(end, number)
+        for name, array in maps.items():
+            array[first:stop] = held[name]
+    return maps, bits
+
+
+def _bits_per_code(job: _Job, start: int, end: int) -> dict[str, np.ndarray[Any, Any]]:
+    """Bits of each code of the chosen rows start..end-1, float32 [n, h, w] by level.
+
+    Raises:
+        CodesError: they are no numbers, or more than float16 holds.
+    """
+    first, last = job.rows[start], job.rows[end - 1] + 1
+    arrays = {name: job.codes[name][first:last] for name in job.prior.levels} | {"label": job.labels[start:end]}
+    batch = {name: torch.from_numpy(values.astype(np.int64)).to(job.device) for name, values in arrays.items()}
+    with inference(job.prior):
+        nats = {name: level_nats(job.prior.level_prior(name), batch).cpu().numpy() for name in job.prior.levels}
+    bits = {name: values / np.float32(math.log(2)) for name, values in nats.items()}
+    for name, values in bits.items():
+        if not (values <= np.finfo(np.float16).max).all():
+            raise CodesError(
+                f"{job.codes.path}: level '{name}' costs {values.max():g} bits a code somewhere in rows {first}..{last - 1}: the prior "
+                f"{job.prior.fingerprint} has diverged. Train it again, with a smaller --learning-rate."
+            )
+    return bits
+
+
+def _figures(job: _Job, bits: Mapping[str, Floats], total: Floats) -> dict[str, np.ndarray[Any, Any]]:
+    """The table's columns of figures, each [N]; NaN in `label_z` where there is nothing to compare with."""
+    num_codes = sum(level.num_codes for level in job.prior.config.levels)
+    label_z = np.where(has_peers(job.labels), z_scores(total, job.labels), math.nan)
+    each = {f"{name}/bits": values for name, values in bits.items()}
+    return {"bits": total, "bits_per_code": total / num_codes, "z": z_scores(total), "label_z": label_z, **each}
+
+
+def _write_table(job: _Job, figures: Mapping[str, np.ndarray[Any, Any]], path: Path) -> None:
+    """One Parquet row group for each Zarr shard of the store, whose keys are read one part after the other."""
+    fields = [
+        ("row", pa.int64()),
+        ("key", pa.string()),
+        ("label", pa.int64()),
+        *((name, pa.float64()) for name in figures),
+    ]
+    step = job.codes.spec.rows_per_shard
+    with pq.ParquetWriter(path, pa.schema(fields), compression="zstd") as writer:
+        for shard_start in range(job.rows.start // step * step, job.rows.stop, step):
+            first, stop = max(shard_start, job.rows.start), min(shard_start + step, job.rows.stop)
+            part = slice(first - job.rows.start, stop - job.rows.start)
+            labels = job.labels[part]
+            columns = {
+                "row": np.arange(first, stop), "key": job.codes.samples(first, stop)["key"],
+                "label": pa.array(labels, mask=labels == MISSING_LABEL),
+                **{name: pa.array(values[part], mask=np.isnan(values[part])) for name, values in figures.items()},
+            }  # fmt: skip
+            writer.write_table(pa.table(columns, schema=pa.schema(fields)))
+
+
+def _panels(
+    job: _Job, maps: Mapping[str, zarr.Array[Any]], shown: Mapping[str, np.ndarray[Any, Any]]
+) -> tuple[list[Panel], int, int]:
+    """The images and where their bits are, and into how many columns and how large they are to be drawn."""
+    side = -(-CODES_SIDE // (widest := max(max(level.grid) for level in job.prior.config.levels))) * widest
+    panels = []
+    for title, places in shown.items():
+        if not len(places):
+            continue
+        codes = {name: job.codes[name][places + job.rows.start] for name in job.codes.levels}
+        pictures = [Panel("images", decode_rows(job.model, codes))] if job.model else code_panels(codes, side)
+        side = pictures[0].images.shape[-1]
+        panels += [replace(panel, title=f"{title}: {panel.title}") for panel in pictures]
+        panels += [
+            Panel(f"bits per code: {name}, 0 to {WHITE_BITS:g}", heat(np.asarray(array.oindex[places]), side))
+            for name, array in maps.items()
+        ]
+    return panels, min(COLUMNS, job.options.num), good_scale(side)
+
+
+def _level_record(job: _Job, level: priors.LevelShape, bits: Floats) -> dict[str, Any]:
+    """A level's mean beside its baselines, which are counted on these rows, or on as many of them as are enough."""
+    rows = evenly(np.arange(job.rows.start, job.rows.stop), max(1, BASELINE_CODES // level.num_codes))
+    crude = priors.baselines(job.codes[level.name][rows], level.codebook_size)
+    return {
+        "name": level.name,
+        "bits_per_code": float(bits.mean()) / level.num_codes,
+        "baseline_rows": len(rows),
+        **asdict(crude),
+    }
+
+
+def _label_records(job: _Job, total: Floats) -> list[dict[str, Any]]:
+    """One entry for each label that occurs; label -1 is of rows without one."""
+    labels, places, numbers = np.unique(job.labels, return_inverse=True, return_counts=True)
+    names, means = job.codes.class_names, np.bincount(places, total) / numbers
+    return [
+        {"label": label, "name": names[label] if 0 <= label < len(names) else "", "rows": number, "bits": bits}
+        for label, number, bits in zip(labels.tolist(), numbers.tolist(), means.tolist(), strict=True)
+    ]
+
+
+def _named(job: _Job, table: Mapping[str, np.ndarray[Any, Any]], places: np.ndarray[Any, Any]) -> list[dict[str, Any]]:
+    rows = places + job.rows.start
+    keys = job.codes.samples_at(rows)["key"].to_pylist()
+    return [
+        {"row": int(row), "key": key, "label": int(job.labels[place]), "bits": float(table["bits"][place]), "z": float(table["z"][place])}
+        for row, key, place in zip(rows, keys, places, strict=True)
+    ]  # fmt: skip
+
+
+def _result(out: Path, *, already: bool) -> Result:
+    """What the record says, so that a repeated command says the same."""
+    record = json.loads((out / SCORE_FILE).read_bytes())
+    first, stop = record["row_range"]
+    lines = [f"{out}: already scored with these settings; nothing to do."] if already else []
+    lines += record["notes"]
+    lines.append(
+        f"{record['place']} (prior {record['prior']}) on {record['store']}: {stop - first:,} rows, {first}..{stop - 1}"
+    )
+    lines += [
+        f"  level {level['name']}: {level['bits_per_code']:.3f} bits per code (uniform {level['uniform']:.3f}, unigram "
+        f"{level['unigram']:.3f}, bigram {level['bigram']:.3f})"
+        for level in record["levels"]
+    ]
+    lines.append(
+        f"  in all: {record['bits_per_code']:.3f} bits per code, {record['bits']:,.1f} a row (standard deviation {record['bits_deviation']:,.1f})"
+    )
+    lines.append("least likely:")
+    for entry in record["least_likely"][:LISTED]:
+        label = f", label {entry['label']}" if entry["label"] != MISSING_LABEL else ""
+        lines.append(f"  row {entry['row']}: {entry['key']}{label}: {entry['bits']:,.1f} bits, z {entry['z']:+.2f}")
+    lines.append(f"made {', '.join(str(out / name) for name in (TABLE_FILE, MAPS_FOLDER, PICTURE_FILE, SCORE_FILE))}")
+    return Result(lines, Counts(encoded=stop - first), stop - first, record | {"out": str(out)})
