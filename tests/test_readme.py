@@ -11,9 +11,11 @@ import pytest
 
 import priors
 import tokenizer
+import vqmill
 from pipelines.cli import app
 from pipelines.fit import FitConfig
 from pipelines.pictures import check_picture
+from pipelines.train_prior import level_shapes
 from vqmill.errors import UsageError
 
 ROOT = Path(__file__).parents[1]
@@ -31,6 +33,10 @@ def test_python_snippets_run(
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "tok").symlink_to(tokenizer_folder)
     monkeypatch.chdir(tmp_path)
+    codes = vqmill.open_codes("codes.zarr")
+    prior = priors.from_preset("pixelcnn-tiny", level_shapes(codes), 0, codes.spec.tokenizer["fingerprint"], depth=8)
+    priors.save(prior, "runs/prior")
+    assert app(["score", "runs/prior", "codes.zarr", "--rows", "0:16", "--out", "runs/scores"]) == 0
     snippets = [snippet for page in PAGES for snippet in blocks(page, "python")]
     assert snippets
     for snippet in snippets:
