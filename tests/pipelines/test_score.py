@@ -282,6 +282,27 @@ def test_the_same_command_again_says_the_same_and_another_is_refused(
     assert "num: there 8, now 3" in capsys.readouterr().err
 
 
+def test_a_stopped_run_is_made_anew_and_whole(
+    store: Path, prior: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for out in ("stopped", "whole"):
+        with monkeypatch.context() as patched:
+            if out == "stopped":
+                patched.setattr("pipelines.score.save_picture", stop)
+                assert run("score", prior, store, "--out", tmp_path / out) == 1
+                assert not (tmp_path / out).exists()
+        assert run("score", prior, store, "--out", tmp_path / out) == 0
+    made = [
+        {path.relative_to(tmp_path / out): path for path in (tmp_path / out).rglob("*")} for out in ("stopped", "whole")
+    ]
+    assert made[0].keys() == made[1].keys()
+    for name, path in made[0].items():
+        assert path.is_dir() or name.name == "run.json" or path.read_bytes() == made[1][name].read_bytes()
+
+
 def tile(picture: Image.Image, left: int, index: int, columns: int, side: int) -> np.ndarray[Any, Any]:
     """Pixels [side, side, 3] of one tile of the panel that begins at `left`."""
     x, y = left + index % columns * (side + GAP), MARGIN + TITLE + index // columns * (side + GAP)
