@@ -19,7 +19,7 @@ from pipelines.corpus.holdout import hash_of_key
 from pipelines.fit import Batch, FitConfig, Stream
 from pipelines.options import TENSORBOARD_FOLDER, FitFlags, choose_device
 from pipelines.outputs import RUN_FILE, OutputFolder, require_room, run_record
-from pipelines.recipes import PRIOR_RECIPES, fit_config, read_tables
+from pipelines.recipes import PRIOR_RECIPES, fit_config, read_tables, shortened
 from pipelines.results import Result
 from pipelines.train import Task, run_job
 from pipelines.training_log import METRICS_FILE
@@ -139,7 +139,8 @@ def train_prior(store: Path, out: Path, *, preset: str, config: Path | None, hol
         )
     except CodesError as error:
         raise UsageError(str(error)) from error
-    fit = fit_config(PRIOR_RECIPES[preset], tables["fit"], flags.fit())
+    recipe = PRIOR_RECIPES[preset]
+    fit = fit_config(recipe, tables["fit"], flags.fit())
     fit.rank_batch(flags.workers)
     flags.check()
     device = choose_device(flags.device)
@@ -167,7 +168,9 @@ def train_prior(store: Path, out: Path, *, preset: str, config: Path | None, hol
             )  # fmt: skip
             write_whole(place.folder / RUN_FILE, canonical_json(record))
             place.finish()
-        return _report(out, already=place.finished)
+        usual_warmup = tables["fit"].get("warmup_steps", recipe.warmup_steps)
+        notes = shortened(fit.steps, warmup_steps=(usual_warmup, fit.warmup_steps))
+        return _report(out, notes, already=place.finished)
 
 
 def _train_level(
@@ -220,9 +223,10 @@ def _baselines(codes: Codes, job: PriorJob) -> dict[str, float]:
     return {f"{name}_bits_per_code": bits for name, bits in asdict(found).items()}
 
 
-def _report(out: Path, *, already: bool) -> Result:
+def _report(out: Path, notes: list[str], *, already: bool) -> Result:
     record = json.loads((out / RUN_FILE).read_bytes())
     lines = [f"{out}: already trained with these settings; nothing to do."] if already else []
+    lines += notes
     lines.append(f"prior {record['fingerprint']}: {record['parameters']:,} parameters")
     for name in (level["name"] for level in record["settings"]["prior"]["levels"]):
         found = record["evaluation"][name]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.recipes import TOKENIZER_RECIPES, fit_config, read_tables
+from pipelines.recipes import TOKENIZER_RECIPES, fit_config, read_tables, shortened
 from vqmill.errors import UsageError
 
 RECIPE = TOKENIZER_RECIPES["rgb32"]
@@ -24,6 +24,13 @@ def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path: Path) ->
 def test_short_runs_warm_up_shortly() -> None:
     assert fit_config(RECIPE, {}, {"steps": 50}).warmup_steps == 5
     assert fit_config(RECIPE, {"warmup_steps": 20}, {"steps": 50}).warmup_steps == 20
+
+
+def test_what_a_short_run_has_cut_is_told_in_one_line() -> None:
+    assert shortened(50, warmup_steps=(100, 5), start_step=(50, 6)) == [
+        "a short run, of 50 steps: warmup_steps is 5 instead of 100, start_step is 6 instead of 50 (--config can set them)"
+    ]
+    assert shortened(50, warmup_steps=(5, 5), start_step=(0, 0)) == []
 
 
 @pytest.mark.parametrize(
