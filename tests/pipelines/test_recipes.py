@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from pipelines.recipes import TOKENIZER_RECIPES, fit_config, read_tables, shortened
+from pipelines.fit import FitConfig
+from pipelines.recipes import PRIOR_RECIPES, TOKENIZER_RECIPES, fit_config, read_tables, shortened
 from vqmill.errors import UsageError
 
 RECIPE = TOKENIZER_RECIPES["rgb32"]
@@ -61,3 +63,19 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
 def test_bad_keys_and_values_are_refused(table: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         fit_config(RECIPE, table, {})
+
+
+def test_the_configuration_page_has_every_recipe_and_default() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text()
+    table = page.partition("Where a preset says otherwise:\n\n")[2].partition("\n\n")[0].splitlines()
+    names = [name.strip() for name in table[0].strip("|").split("|")][1:]
+    recipes = TOKENIZER_RECIPES | PRIOR_RECIPES
+    rows = [f"| `{preset}` | {' | '.join(str(getattr(fit, name)) for name in names)} |" for preset, fit in recipes.items()]
+    assert [line for line in table[2:] if line] == rows
+    for field in fields(FitConfig):
+        if field.name in names[:3]:
+            assert f"| `{field.name}` |  |" in page, "each recipe has its own"
+            continue
+        assert f"| `{field.name}` | `{field.default}` |" in page
+        said_below = field.name in names
+        assert said_below or all(getattr(fit, field.name) == field.default for fit in recipes.values()), field.name
