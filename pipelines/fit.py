@@ -58,7 +58,8 @@ class FitConfig:
         warmup_steps: length of the linear rise before the cosine fall to 0.
         weight_decay: AdamW's, on tensors of two or more dimensions.
         clip_norm: the gradient's largest norm.
-        weight_ema: decay of a running average of the weights that is evaluated and kept; 0 for none.
+        weight_ema: decay of a running average of the weights that is evaluated and kept; 0 for none. A codebook of quantizer `ema` is no
+            weight: it follows the features by its own average (`ema_decay`) and is taken as it is (averaging it again measured worse).
         accumulate: micro-batches of a step.
         precision: `fp32`, or `bf16` autocast.
         validate_every: steps between evaluations; the first comes after a tenth of them (counted from the start of the codebooks).

@@ -70,7 +70,9 @@ def test_the_configuration_page_has_every_recipe_and_default() -> None:
     table = page.partition("Where a preset says otherwise:\n\n")[2].partition("\n\n")[0].splitlines()
     names = [name.strip() for name in table[0].strip("|").split("|")][1:]
     recipes = TOKENIZER_RECIPES | PRIOR_RECIPES
-    rows = [f"| `{preset}` | {' | '.join(str(getattr(fit, name)) for name in names)} |" for preset, fit in recipes.items()]
+    rows = [
+        f"| `{preset}` | {' | '.join(str(getattr(fit, name)) for name in names)} |" for preset, fit in recipes.items()
+    ]
     assert [line for line in table[2:] if line] == rows
     for field in fields(FitConfig):
         if field.name in names[:3]:
