@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -156,14 +157,20 @@ def _run_on_ray(job: Job, folder: Path, tensorboard: Path | None, workers: int, 
                 failure_config=FailureConfig(max_failures=job.fit.max_failures),
             ),
         )
+        ctrl_c = signal.getsignal(signal.SIGINT)
         try:
             trainer.fit()
+        except SystemExit as stop:  # Ray Train's answer to Ctrl-C, with the exit code of success
+            raise KeyboardInterrupt from stop
         except Exception as error:
             _raise_stopped(folder)
             raise RunFailed(
                 f"a training worker failed, and max_failures in [fit] is {job.fit.max_failures}: {error}\n"
                 "Run the same command again to go on from the last resume point."
             ) from error
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, ctrl_c)  # Ray Train leaves its own, which swallows it
         _raise_stopped(folder)
 
 
