@@ -15,6 +15,7 @@ from vqmill.files import JsonValue
 from vqmill.layout import read_spec
 from vqmill.repair import repair_store
 from vqmill.spec import StoreSpec
+from vqmill.usage import counted_names, title
 from vqmill.verify import verify_store
 
 
@@ -109,10 +110,11 @@ def _with_out(words: list[str], store: Path) -> list[str]:
 
 
 def usage_lines(spec: StoreSpec, used: Mapping[str, int], perplexity: Mapping[str, float]) -> list[str]:
-    """One line for each level: its grid, dtype, and how much of the codebook is used; none for what was not counted."""
+    """One line for each level, or stage of residual codes: its grid, dtype, and how much of the codebook is used; none for what was not counted."""
     return [
-        f"level {level.name}: {'x'.join(map(str, level.grid))} {level.dtype}, {used[level.name]} of {level.codebook_size} codes used "
-        f"({used[level.name] / level.codebook_size:.1%}), perplexity {perplexity[level.name]:.1f}"
+        f"{title(name)}: {'x'.join(map(str, level.grid[0 if name == level.name else 1 :]))} {level.dtype}, {used[name]} of "
+        f"{level.codebook_size} codes used ({used[name] / level.codebook_size:.1%}), perplexity {perplexity[name]:.1f}"
         for level in spec.levels
-        if level.name in used
+        for name in counted_names(level)
+        if name in used
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,12 +12,12 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-import tokenizer
 from pipelines.corpus.holdout import choose_holdout
 from pipelines.corpus.images import Preprocessing
 from pipelines.corpus.plan import Plan
 from pipelines.corpus.problems import CorpusError, Problem
 from pipelines.corpus.walk import NamedImage, walk_images
+from pipelines.foreign import FLAG, ForeignTokenizer, load_tokenizer
 from pipelines.gallery import Exhibit, Gallery
 from pipelines.learned import LearnedMeasures
 from pipelines.options import Device, Precision, choose_device
@@ -28,10 +28,12 @@ from pipelines.progress import meter
 from pipelines.results import QUARANTINED, Result
 from tokenizer.evaluation import Evaluation, Measured
 from tokenizer.frechet import DIMENSIONS
+from tokenizer.protocol import ImageTokenizer, level_specs
 from vqmill.commits import Counts
 from vqmill.errors import CodesError, UsageError
 from vqmill.files import canonical_json, write_whole
 from vqmill.layout import parquet_bytes
+from vqmill.usage import title
 
 EVALUATION_FILE = "evaluation.json"
 PICTURE_FILE = "worst_and_best.png"
@@ -93,7 +95,8 @@ class EvaluateOptions:
 class _Job:
     """What is to be measured, resolved."""
 
-    model: tokenizer.Tokenizer
+    model: ImageTokenizer
+    device: str
     plan: Plan
     preprocessing: Preprocessing
     selection: Selection
@@ -120,47 +123,70 @@ class _Outcome:
     problems: dict[str, Problem]
 
 
-def evaluate(folder: Path, corpus: str, out: Path | None, options: EvaluateOptions) -> Result:
+def evaluate(places: Sequence[str], out: Path | None, options: EvaluateOptions, *, module: str | None) -> Result:
     """Runs the command; see `vqmill evaluate --help`."""
+    folder, corpus = _tokenizer_and_corpus(places, module)
+    device = choose_device(options.device)
     try:
-        model = tokenizer.load(folder)
-        size = model.config.size if options.size is None else options.size
-        model.config.grid(model.config.level_names[0], size)
+        model = load_tokenizer(folder, module)
+        size = model.size if options.size is None else options.size
+        level_specs(model, size)
+        model.to(device)
+        if isinstance(model, ForeignTokenizer):  # what is wrong with it is said before anything is made
+            model.decode(model.encode(torch.zeros(1, model.channels, size, size, dtype=torch.uint8)))
     except CodesError as error:
         raise UsageError(str(error)) from error
-    device = choose_device(options.device)
     learned = LearnedMeasures(options.lpips, options.lpips_backbone, options.rfid, device)
     if out:
         refuse_inside(out, corpus)
     plan = planned(corpus)
-    preprocessing = Preprocessing(size=size, channels=model.config.channels)
-    job = _Job(model.to(device).eval(), plan, preprocessing, select(folder, plan, options), options, learned)
+    preprocessing = Preprocessing(size=size, channels=model.channels)
+    job = _Job(model, device, plan, preprocessing, select(folder, plan, options), options, learned)
+    place = str(folder or module)
     if out is None:
         outcome = _measure(job)
-        result = _result(folder, outcome.record)
+        result = _result(place, outcome.record)
         result.lines += _problem_lines(outcome.problems)
         result.facts["problems"] = _rows(outcome.problems)
         result.code = QUARANTINED if outcome.problems else result.code
         return result
-    with OutputFolder(out, job.settings) as place:
-        if not place.finished:
-            _write(job, place.folder, run={"tokenizer": str(folder), "corpus": corpus, "device": device})
-            place.finish()
-    return _result(folder, json.loads((out / EVALUATION_FILE).read_bytes()), out, already=place.finished)
+    with OutputFolder(out, job.settings) as output:
+        if not output.finished:
+            named = {"tokenizer": str(folder)} if folder else {"tokenizer_module": module}
+            _write(job, output.folder, run={**named, "corpus": corpus, "device": device})
+            output.finish()
+    return _result(place, json.loads((out / EVALUATION_FILE).read_bytes()), out, already=output.finished)
 
 
-def select(folder: Path, plan: Plan, options: EvaluateOptions) -> Selection:
+def _tokenizer_and_corpus(places: Sequence[str], module: str | None) -> tuple[Path | None, str]:
+    """The tokenizer's folder, None with --tokenizer-module, and the corpus.
+
+    Raises:
+        UsageError: another number of places.
+    """
+    match places, module:
+        case [folder, corpus], None:
+            return Path(folder), corpus
+        case [corpus], str():
+            return None, corpus
+    raise UsageError(
+        "expected a tokenizer's folder and a corpus (vqmill evaluate DIR CORPUS), or a corpus and your own code "
+        f"(vqmill evaluate CORPUS {FLAG} package:factory), found {' '.join([*places, f'{FLAG} {module}' if module else '']).strip() or 'nothing'}."
+    )
+
+
+def select(folder: Path | None, plan: Plan, options: EvaluateOptions) -> Selection:
     """Which images to look at: what training held out, where that is known, unless the user says otherwise.
 
     Args:
-        folder: the tokenizer's, or its file.
+        folder: the tokenizer's, or its file; None when it is none of ours.
         plan: the corpus.
         options: `holdout` and `everything` rule.
 
     Raises:
         UsageError: the record of the training cannot be read.
     """
-    record = _training_record(folder)
+    record = _training_record(folder) if folder else None
     same = record is not None and record["plan"] == plan.digest
     left_out = record["holdout"] if record else None
     if options.everything:
@@ -175,9 +201,8 @@ def select(folder: Path, plan: Plan, options: EvaluateOptions) -> Selection:
     if same:
         return Selection(left_out, f"the hold-out of {left_out:g} that training left out")
     if record is None:
-        return Selection(
-            None, "all images: what it was trained on is not known, no settings of train-tokenizer lie beside it"
-        )
+        why = ", no settings of train-tokenizer lie beside it" if folder else ""
+        return Selection(None, f"all images: what it was trained on is not known{why}")
     return Selection(
         None,
         "all images: the corpus is not as it was trained on. If it holds images of the training, take those that were left out: "
@@ -247,9 +272,8 @@ def _measure(job: _Job) -> _Outcome:
 
 def _add(job: _Job, evaluation: Evaluation, batch: list[NamedImage]) -> Measured:
     """One batch through its codes. In bf16 the encoder is, as in `tokenize`; decoding is in fp32, as in `decode`."""
-    device = next(job.model.parameters()).device
-    images = torch.stack([torch.from_numpy(image.pixels) for image in batch]).to(device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=job.options.precision == "bf16"):
+    images = torch.stack([torch.from_numpy(image.pixels) for image in batch]).to(job.device)
+    with torch.autocast(job.device, torch.bfloat16, enabled=job.options.precision == "bf16"):
         codes = job.model.encode(images)
     return evaluation.add(images, codes)
 
@@ -310,12 +334,12 @@ def _problem_lines(problems: Mapping[str, Problem]) -> list[str]:
     return lines
 
 
-def _result(folder: Path, record: Mapping[str, Any], out: Path | None = None, *, already: bool = False) -> Result:
+def _result(place: str, record: Mapping[str, Any], out: Path | None = None, *, already: bool = False) -> Result:
     """What the record says, so that a repeated command says the same."""
     lines = [f"{out}: already evaluated with these settings; nothing to do."] if already else []
     figures, size = record["figures"], record["size"]
     lines.append(
-        f"{folder} (tokenizer {record['tokenizer']}) on {record['corpus']}: {record['images']:,} images of {size}x{size}"
+        f"{place} (tokenizer {record['tokenizer']}) on {record['corpus']}: {record['images']:,} images of {size}x{size}"
     )
     lines.append(f"looked at: {record['selection']}")
     for name, (form, meaning) in FIGURES.items():
@@ -330,7 +354,7 @@ def _result(folder: Path, record: Mapping[str, Any], out: Path | None = None, *,
     for level in record["levels"]:
         used, entries = int(figures[f"{level}/used_codes"]), int(figures[f"{level}/codebook_size"])
         lines.append(
-            f"  level {level}: {used} of {entries} codes used ({used / entries:.1%}), dataset perplexity {figures[f'{level}/perplexity']:.1f} "
+            f"  {title(level)}: {used} of {entries} codes used ({used / entries:.1%}), dataset perplexity {figures[f'{level}/perplexity']:.1f} "
             f"(as many codes, equally used, would carry as much), entropy {figures[f'{level}/entropy_bits']:.2f} bits a code"
         )
     lines += _class_lines(record["classes"])

@@ -69,14 +69,16 @@ class ForeignTokenizer:
         """See `ImageTokenizer`.
 
         Raises:
-            CodesError: what came out is no images.
+            CodesError: what came out is no images of these codes.
         """
         try:
             images = self._model.decode({level: values.to(self._device) for level, values in codes.items()})
         except Exception as error:  # somebody else's code
             raise CodesError(f"{FLAG} {self.module}: decode failed: {_told(error)}") from error
-        side = images.shape[-1] if isinstance(images, Tensor) and images.ndim else 0
-        check_images(self, images, len(next(iter(codes.values()))), side)
+        try:
+            check_images(self._model, images, codes)
+        except CodesError as error:
+            raise CodesError(f"{FLAG} {self.module}: {error} Try: vqmill check-tokenizer {self.module}") from error
         return images
 
 

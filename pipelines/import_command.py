@@ -72,6 +72,11 @@ def _tensors(data: bytes, file: Path) -> tuple[dict[str, torch.Tensor], list[str
     Raises:
         CodesError: not a checkpoint, damaged, or it needs code to be read.
     """
+    if data[8:9] == b"{" and int.from_bytes(data[:8], "little") <= len(data):
+        raise CodesError(
+            f"{file}: expected a .pt file of torch, found safetensors. If vqmill wrote it, it is a tokenizer already: --tokenizer {file}. "
+            f"Else make it one: torch.save(safetensors.torch.load_file({file.name!r}), 'weights.pt')."
+        )
     try:
         _check_sums(data)
         with warnings.catch_warnings(action="ignore"):  # of old protocols; what cannot be read is an error

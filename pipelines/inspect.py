@@ -23,7 +23,7 @@ from vqmill.layout import commit_file, read_spec
 from vqmill.places import Folder
 from vqmill.spec import MISSING_LABEL, StoreSpec
 from vqmill.store import Codes
-from vqmill.usage import CodeUsage
+from vqmill.usage import StoreUsage
 
 PROBE_SIZE = 32  # what images are decoded to when only their health is of interest
 THREADS = 4
@@ -45,15 +45,13 @@ def inspect(path: str) -> Result:
 def _inspect_store(path: Path) -> Result:
     codes = Codes(Folder(path), read_spec(path))
     spec = codes.spec
-    usage = {level.name: CodeUsage(level.codebook_size) for level in spec.levels}
+    usage = StoreUsage(spec.levels)
     total = len(codes) * len(spec.levels)
     with meter("reading codes", "rows") as show:
         for number, level in enumerate(spec.levels):
             for first in range(0, len(codes), BLOCK_ROWS):
-                usage[level.name].add(codes[level.name][first : first + BLOCK_ROWS])
+                usage.add(level.name, codes[level.name][first : first + BLOCK_ROWS])
                 show(number * len(codes) + min(len(codes), first + BLOCK_ROWS), total)
-    used = {name: found.used for name, found in usage.items()}
-    spread = {name: found.perplexity for name, found in usage.items()}
     disk = sum(file.stat().st_size for level in codes.levels for file in (path / level).rglob("*") if file.is_file())
     raw = len(codes) * spec.row_bytes
     labels = codes.labels
@@ -64,7 +62,7 @@ def _inspect_store(path: Path) -> Result:
         f"{path}: a code store, {state}: {len(codes):,} rows in {spec.num_commits} Zarr shards of {spec.rows_per_shard:,}",
         _origin(spec),
         f"{labelled:,} rows with labels, {len(np.unique(labels[labels != MISSING_LABEL]))} classes",
-        *usage_lines(spec, used, spread),
+        *usage_lines(spec, usage.used, usage.perplexity),
         f"codes on disk: {disk / 1e6:,.2f} MB, {raw / max(disk, 1):.2f} times smaller than raw {raw / 1e6:,.2f} MB",
         f"quarantined: {quarantine.num_rows:,} samples"
         + (f", in {path / 'quarantine'}" if quarantine.num_rows else ""),
@@ -76,8 +74,8 @@ def _inspect_store(path: Path) -> Result:
     facts = {
         "kind": "store",
         "complete": spec.complete,
-        "used_codes": used,
-        "perplexity": spread,
+        "used_codes": usage.used,
+        "perplexity": usage.perplexity,
         "disk_bytes": disk,
         "raw_bytes": raw,
     }

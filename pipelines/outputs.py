@@ -100,9 +100,13 @@ class OutputFolder:
 
 def _compare(folder: Path, wanted: Mapping[str, Any], advice: str) -> None:
     path = folder / SETTINGS_FILE
-    if not path.is_file():
-        raise UsageError(f"{folder}: exists and is not the output of this command. {advice}")
-    refuse_other_settings(str(folder), json.loads(path.read_bytes()), wanted, advice)
+    found = json.loads(path.read_bytes()) if path.is_file() else {}
+    if not path.is_file() or found.get("command") != wanted.get(
+        "command"
+    ):  # nobody should remove it for this command's sake
+        other = f" but of {found['command']}" if "command" in found else ""
+        raise UsageError(f"{folder}: exists and is not the output of this command{other}. Choose another --out.")
+    refuse_other_settings(str(folder), found, wanted, advice)
 
 
 def refuse_inside(out: Path, corpus: str) -> None:

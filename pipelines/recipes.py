@@ -28,20 +28,16 @@ TOKENIZER_RECIPES = {
     "video_stacked_13m": FitConfig(steps=160000, batch_size=24, learning_rate=1e-4),
     "video_stacked_small": FitConfig(steps=3000, batch_size=16, learning_rate=1e-3),
 }
+_PRIOR = FitConfig(steps=2000, batch_size=64, learning_rate=2e-3, weight_ema=0.995, weight_decay=0.01, keep_best=True)
+_LARGE_PRIOR = replace(_PRIOR, steps=40_000, batch_size=128, learning_rate=5e-4, warmup_steps=1000, weight_ema=0.9999)
 PRIOR_RECIPES = {
     "pixelcnn-tiny": FitConfig(steps=400, batch_size=32, learning_rate=6e-3, warmup_steps=20, weight_ema=0.98),
-    "pixelcnn": FitConfig(
-        steps=2000, batch_size=64, learning_rate=2e-3, weight_ema=0.995, weight_decay=0.01, keep_best=True
-    ),
-    "pixelcnn-large": FitConfig(
-        steps=40000,
-        batch_size=128,
-        learning_rate=5e-4,
-        warmup_steps=1000,
-        weight_ema=0.9999,
-        weight_decay=0.01,
-        keep_best=True,
-    ),
+    "pixelcnn": _PRIOR,
+    "pixelcnn-large": _LARGE_PRIOR,
+    "razavi": replace(_LARGE_PRIOR, learning_rate=2e-4),
+    "gpt-tiny": FitConfig(steps=400, batch_size=32, learning_rate=3e-3, warmup_steps=20, weight_ema=0.98),
+    "gpt": replace(_PRIOR, learning_rate=1e-3),
+    "gpt-large": _LARGE_PRIOR,
 }
 
 

@@ -32,6 +32,7 @@ from vqmill.commits import Counts
 from vqmill.errors import CodesError, UsageError
 from vqmill.files import canonical_json, write_whole
 from vqmill.layout import parquet_bytes
+from vqmill.usage import title
 
 QUARANTINE_FILE = "quarantine.parquet"
 PICTURE_FILE = "reconstructions.png"
@@ -233,7 +234,7 @@ def _report(out: Path, notes: list[str], *, already: bool) -> Result:
     for name in sorted(names, key=lambda name: levels.index(name.partition("/")[0])):  # stages stay in their order
         used, size = int(evaluation[f"{name}/used_codes"]), int(evaluation[f"{name}/codebook_size"])
         lines.append(
-            f"level {name}: {used} of {size} codes used ({used / size:.1%}), dataset perplexity {evaluation[f'{name}/perplexity']:.1f} "
+            f"{title(name)}: {used} of {size} codes used ({used / size:.1%}), dataset perplexity {evaluation[f'{name}/perplexity']:.1f} "
             "(as many codes, equally used, would carry as much)"
         )
     lines.append(f"made {out / tokenizer.FILE_NAME} and {out / PICTURE_FILE}")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pipelines.context import Context
 from pipelines.training_log import TrainingLog
 from vqmill.checkpoint import load_checkpoint, save_checkpoint
+from vqmill.usage import title
 
 if TYPE_CHECKING:
     from pipelines.fit import Batch, FitConfig, Stream
@@ -187,7 +188,7 @@ def collapsed(evaluation: Mapping[str, float]) -> list[str]:
         level, _, kind = name.rpartition("/")
         if kind == "perplexity" and perplexity < COLLAPSED_SHARE * (size := evaluation[f"{level}/codebook_size"]):
             found.append(
-                f"level {level}: the codebook has collapsed, its perplexity is {perplexity:.1f} of {size:.0f} codes (expected at least "
+                f"{title(level)}: the codebook has collapsed, its perplexity is {perplexity:.1f} of {size:.0f} codes (expected at least "
                 f'{COLLAPSED_SHARE:.0%}). Stop, and try a smaller --learning-rate, or codebook_start = "kmeans" and revival = "rare" in '
                 "[tokenizer] where the preset has others (published ones begin at random and revive little, as their sources do); or a "
                 "smaller codebook_size, if the images are all alike."

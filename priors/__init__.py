@@ -1,4 +1,4 @@
-"""Models over grids of codes: gated PixelCNN, alone or in a hierarchy, and sampling from them.
+"""Models over grids of codes: gated PixelCNN or a small GPT, alone or in a hierarchy, and sampling from them.
 
 Example:
     prior = priors.from_preset("pixelcnn", [LevelShape("codes", 256, (7, 7))], num_classes=10, tokenizer_fingerprint=...)
@@ -9,22 +9,35 @@ Example:
 
 from __future__ import annotations
 
-from priors.config import PRESETS, LevelShape, PriorConfig, preset_config
-from priors.hierarchy import LevelPrior, Prior, from_preset
+from priors.attention import CausalAttention, PixelAttention
+from priors.blocks import ChannelNorm
+from priors.config import LevelShape, PriorConfig
+from priors.hierarchy import Prior, from_preset
+from priors.level import LevelPrior
 from priors.likelihood import Baselines, baselines, score
-from priors.pixelcnn import ChannelNorm, PixelCNN, PixelConvA, PixelConvB, PixelPosition
-from priors.sampling import run, sample
+from priors.network_config import GPTConfig, NetworkConfig, PixelCNNConfig
+from priors.pixelcnn import PixelCNN, PixelConvA, PixelConvB, PixelPosition
+from priors.presets import PRESETS, preset_config
+from priors.running import run, run_to_fixed_point
+from priors.sampling import sample
 from priors.saving import FILE_NAME, load, save
+from priors.selecting import Drawing
 from priors.step import PriorStep
 
 __all__ = [
     "FILE_NAME",
     "PRESETS",
     "Baselines",
+    "CausalAttention",
     "ChannelNorm",
+    "Drawing",
+    "GPTConfig",
     "LevelPrior",
     "LevelShape",
+    "NetworkConfig",
+    "PixelAttention",
     "PixelCNN",
+    "PixelCNNConfig",
     "PixelConvA",
     "PixelConvB",
     "PixelPosition",
@@ -36,6 +49,7 @@ __all__ = [
     "load",
     "preset_config",
     "run",
+    "run_to_fixed_point",
     "sample",
     "save",
     "score",

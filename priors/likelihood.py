@@ -11,7 +11,8 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from priors.hierarchy import LevelPrior, Prior, inference
+from priors.hierarchy import Prior
+from priors.level import LevelPrior, inference
 from vqmill.errors import CodesError
 
 

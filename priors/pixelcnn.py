@@ -20,17 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-class ChannelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of each position of float [N, C, H, W], so that positions stay apart (and causality holds)."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """The normalised features, of the same shape."""
-        return super().forward(input.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+from priors.blocks import ChannelNorm, Pointwise
 
 
 def gated_activation(features: Tensor) -> Tensor:
-    """Lets the first half of the channels (tanh) through the second (sigmoid): float [N, 2C, H, W] -> [N, C, H, W]."""
+    """Lets the first half of the channels (tanh) through the second (sigmoid): float [N, 2C, ...] -> [N, C, ...]."""
     signal, gate = features.chunk(2, dim=1)
     return torch.tanh(signal) * torch.sigmoid(gate)
 
@@ -59,8 +53,8 @@ class PixelConv(nn.Module):
         own = 1 - self.shift
         self.vertical_conv = nn.Conv2d(depth_in, 2 * depth_out, (vertical + own, 2 * horizontal + 1))
         self.horizontal_conv = nn.Conv2d(depth_in, 2 * depth_out, (1, horizontal + own))
-        self.vert_to_horiz = nn.Conv2d(2 * depth_out, 2 * depth_out, 1)
-        self.cond_layer = None if cond_depth is None else nn.Conv2d(cond_depth, 4 * depth_out, 1)
+        self.vert_to_horiz = Pointwise(2 * depth_out, 2 * depth_out)
+        self.cond_layer = None if cond_depth is None else Pointwise(cond_depth, 4 * depth_out)
 
     def _run_stacks(self, vert_in: Tensor, horiz_in: Tensor, conds: Tensor | None) -> tuple[Tensor, Tensor]:
         """The gated outputs of both stacks, each float [N, depth_out, H, W]."""
@@ -145,10 +139,10 @@ class PixelConvB(PixelConv):
         same = depth_in == depth_out
         self.vert_norm = ChannelNorm(depth_in) if norm else nn.Identity()
         self.horiz_norm = ChannelNorm(depth_in) if norm else nn.Identity()
-        self.horiz_residual = nn.Conv2d(depth_out, depth_out, 1)
-        self.horiz_skip = nn.Identity() if same else nn.Conv2d(depth_in, depth_out, 1)
-        self.vert_residual = nn.Conv2d(depth_out, depth_out, 1) if vertical_residual else None
-        self.vert_skip = nn.Conv2d(depth_in, depth_out, 1) if vertical_residual and not same else nn.Identity()
+        self.horiz_residual = Pointwise(depth_out, depth_out)
+        self.horiz_skip = nn.Identity() if same else Pointwise(depth_in, depth_out)
+        self.vert_residual = Pointwise(depth_out, depth_out) if vertical_residual else None
+        self.vert_skip = Pointwise(depth_in, depth_out) if vertical_residual and not same else nn.Identity()
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, vert_in: Tensor, horiz_in: Tensor, conds: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -1,86 +1,20 @@
-"""Drawing codes from a prior, one position after another.
-
-`run` knows only the order; what happens at a position is its `select`. Drawing with Gumbel noise is sampling, returning known
-codes is likelihood, returning some known codes is inpainting. This `run` is the naive one, a whole forward pass for each position: the
-reference for any faster one.
-"""
+"""Drawing samples from a whole prior: the coarsest level given the label, then each finer level given those above it."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from priors.hierarchy import LevelPrior, Prior, inference
+from priors.hierarchy import Prior
+from priors.level import inference
+from priors.likelihood import score
+from priors.running import Sampler, Select, run
+from priors.selecting import Drawing, clamped, guided, gumbel_select
 from vqmill.errors import CodesError
 
-Select = Callable[[Tensor, int], Tensor]
-"""select(logits float [N, K], position in raster order) -> codes int64 [N]."""
-
-
-def run(level_prior: LevelPrior, batch_size: int, select: Select, condition: Tensor | None) -> Tensor:
-    """Fills grids of codes in raster order, in evaluation mode and without gradients.
-
-    Args:
-        level_prior: the level's network.
-        batch_size: N, how many grids.
-        select: called once a position, from 0 to h * w - 1, with the logits of that position given the codes chosen so far.
-        condition: what `level_prior.condition` returned for these N samples.
-
-    Returns:
-        int64 [N, h, w], the codes that were selected.
-    """
-    height, width = level_prior.shape.grid
-    codes = torch.zeros(batch_size, height, width, dtype=torch.int64, device=level_prior.device)
-    with inference(level_prior):
-        for position in range(height * width):
-            row, column = divmod(position, width)
-            logits = level_prior(codes, condition)[:, :, row, column]
-            codes[:, row, column] = select(logits, position)
-    return codes
-
-
-def gumbel_noise(seed: int, level: int, position: int, samples: range, codebook_size: int) -> Tensor:
-    """Standard Gumbel noise that belongs to samples, whatever batch they are in: float32 [N, K].
-
-    Philox4x64 (Salmon et al. 2011) is counted, not stepped: the key is (seed, level), the counter (running, 0, position, sample).
-
-    Args:
-        seed: in [0, 2**64).
-        level: the level's index, 0 for the coarsest.
-        position: in raster order.
-        samples: the numbers of the N samples.
-        codebook_size: K.
-    """
-    bits = np.stack(
-        [
-            np.random.Philox(key=[seed, level], counter=[0, 0, position, sample]).random_raw(codebook_size)
-            for sample in samples
-        ]
-    )
-    uniform = ((bits >> np.uint64(11)) + 0.5) * 2.0**-53  # inside (0, 1): both logarithms are finite
-    return torch.from_numpy((-np.log(-np.log(uniform))).astype(np.float32))
-
-
-def gumbel_select(level_prior: LevelPrior, samples: range, seed: int, temperature: float) -> Select:
-    """The `select` that draws from the model: the largest of logits plus noise is a draw from their softmax (Gumbel 1954).
-
-    Args:
-        level_prior: the level that is drawn.
-        samples: the numbers of the N samples; their noise belongs to them.
-        seed: in [0, 2**63).
-        temperature: what the logits are divided by; 0 takes the likeliest code.
-    """
-
-    def select(logits: Tensor, position: int) -> Tensor:
-        noise = gumbel_noise(seed, level_prior.index, position, samples, level_prior.shape.codebook_size)
-        # The same choice as from logits / temperature + noise, with a meaning at temperature 0 too.
-        return (logits.float() + temperature * noise.to(logits.device)).argmax(dim=1)
-
-    return select
+Codes = dict[str, Tensor]
 
 
 def sample(
@@ -88,23 +22,28 @@ def sample(
     num: int,
     labels: Tensor | None = None,
     seed: int = 0,
-    temperature: float = 1.0,
+    drawing: Drawing | None = None,
+    given: Mapping[str, Tensor] | None = None,
     batch_size: int = 64,
+    sampler: Sampler = "cached",
     device: torch.device | str | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Tensor]:
-    """Draws samples: the coarsest level given the label, then each finer level given those above it.
+) -> Codes:
+    """Draws samples.
 
-    A sample is a function of the weights, its label, the seed, the temperature and its number: not of `num` or `batch_size`
-    (as far as the device rounds alike for all batch sizes).
+    A sample is a function of the weights, its label, the seed, the drawing, what is given of it, and its number: not of `num` or
+    `batch_size` (as far as the device rounds alike for all batch sizes).
 
     Args:
         prior: any mode; its mode is kept.
         num: how many samples.
         labels: int64 [num] in [-1, num_classes), -1 for any class; None for any class.
         seed: in [0, 2**63).
-        temperature: 1 draws from the model, less is more likely and less varied, 0 always takes the likeliest code.
+        drawing: how codes are drawn; None for the model's own probabilities.
+        given: codes that are known already, by level, integers [num, h, w], -1 where they are to be drawn; a level that is not named is
+            drawn whole. What is known of later positions has no influence on earlier ones.
         batch_size: how many samples are drawn at once.
+        sampler: as for `run`.
         device: where to compute; the prior is moved there. None: where the prior is.
         progress: called with (codes drawn, codes in all) after each position of each batch.
 
@@ -112,43 +51,98 @@ def sample(
         Codes by level name, int64 [num, h, w], on the CPU.
 
     Raises:
-        CodesError: an argument is out of its range, or labels are given to a prior that takes none.
+        CodesError: an argument is out of its range, labels are given to a prior that takes none, or what the drawing needs was not trained.
     """
     if num < 1 or batch_size < 1:
         raise CodesError(f"expected num and batch_size of at least 1, found {num} and {batch_size}.")
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise CodesError(f"temperature: expected a number of at least 0, found {temperature}.")
     if not 0 <= seed < 2**63:
         raise CodesError(f"seed: expected a whole number in [0, 2**63), found {seed}.")
-    labels = _checked_labels(prior, num, labels)
+    drawing, labels = drawing or Drawing(), _checked_labels(prior, num, labels)
+    _check_drawing(prior, drawing, labels)
+    given = _checked_given(prior, num, given or {})
     if device is not None:
         prior.to(device)
-    total = num * sum(level.num_codes for level in prior.config.levels)
+    total = num * drawing.candidates * sum(level.num_codes for level in prior.config.levels)
     drawn = 0
 
-    def counted(select: Select) -> Select:
+    def tell(number: int) -> None:
+        nonlocal drawn
+        drawn += number
+        if progress is not None:
+            progress(drawn, total)
+
+    batches = []
+    for start in range(0, num, batch_size):
+        samples = range(start, min(start + batch_size, num))
+        part = slice(start, samples.stop)
+        batch = _Batch(
+            prior, samples, None if labels is None else labels[part], seed, drawing,
+            {name: values[part] for name, values in given.items()}, sampler, tell,
+        )  # fmt: skip
+        batches.append({name: values.cpu() for name, values in batch.best().items()})
+    return {name: torch.cat([batch[name] for batch in batches]) for name in prior.levels}
+
+
+class _Batch:
+    """Some samples that are drawn at once."""
+
+    def __init__(
+        self, prior: Prior, samples: range, labels: Tensor | None, seed: int, drawing: Drawing, given: Mapping[str, Tensor],
+        sampler: Sampler, tell: Callable[[int], None],
+    ) -> None:  # fmt: skip
+        device = prior.level_prior(prior.levels[0]).device
+        self._prior, self._samples, self._seed, self._drawing = prior, samples, seed, drawing
+        self._labels = None if labels is None else labels.to(device)
+        self._given = {name: values.to(device) for name, values in given.items()}
+        self._sampler: Sampler = sampler
+        self._tell = tell
+
+    def best(self) -> Codes:
+        """The candidate of each sample that its label explains best."""
+        best = self._draw(0)
+        if self._drawing.candidates == 1:
+            return best
+        evidence = self._evidence(best)
+        for candidate in range(1, self._drawing.candidates):
+            other = self._draw(candidate)
+            found = self._evidence(other)
+            better = (found > evidence)[:, None, None]
+            best = {name: torch.where(better, other[name], codes) for name, codes in best.items()}
+            evidence = torch.maximum(evidence, found)
+        return best
+
+    def _draw(self, candidate: int) -> Codes:
+        codes: Codes = {}
+        for name in self._prior.levels:
+            level_prior = self._prior.level_prior(name)
+            select = gumbel_select(level_prior, self._samples, self._seed, self._drawing, candidate)
+            if name in self._given:
+                select = clamped(select, self._given[name])
+            select = self._counted(select)
+            number = len(self._samples)
+            with inference(level_prior):
+                condition = level_prior.condition(self._labels, codes)
+                if self._drawing.guidance != 1:
+                    assert self._labels is not None  # checked before
+                    free = level_prior.condition(torch.full_like(self._labels, -1), codes)
+                    condition = torch.cat([part for part in (condition, free) if part is not None])
+                    select, number = guided(select, self._drawing.guidance), 2 * number
+            codes[name] = run(level_prior, number, select, condition, self._sampler)[: len(self._samples)]
+        return codes
+
+    def _evidence(self, codes: Codes) -> Tensor:
+        """log2 p(x | label) - log2 p(x) of each sample, float64 [N]."""
+        assert self._labels is not None  # checked before
+        labelled = score(self._prior, {**codes, "label": self._labels})
+        free = score(self._prior, {**codes, "label": torch.full_like(self._labels, -1)})
+        return torch.stack([free[name] - labelled[name] for name in labelled]).sum(0)
+
+    def _counted(self, select: Select) -> Select:
         def select_and_tell(logits: Tensor, position: int) -> Tensor:
-            nonlocal drawn
-            drawn += len(logits)
-            if progress is not None:
-                progress(drawn, total)
+            self._tell(len(logits))
             return select(logits, position)
 
         return select_and_tell
-
-    batches: list[dict[str, Tensor]] = []
-    for start in range(0, num, batch_size):
-        samples = range(start, min(start + batch_size, num))
-        codes: dict[str, Tensor] = {}
-        for name in prior.levels:
-            level_prior = prior.level_prior(name)
-            with inference(level_prior):
-                label = None if labels is None else labels[start : samples.stop].to(level_prior.device)
-                condition = level_prior.condition(label, codes)
-            select = gumbel_select(level_prior, samples, seed, temperature)
-            codes[name] = run(level_prior, len(samples), counted(select), condition)
-        batches.append({name: values.cpu() for name, values in codes.items()})
-    return {name: torch.cat([batch[name] for batch in batches]) for name in prior.levels}
 
 
 def _checked_labels(prior: Prior, num: int, labels: Tensor | None) -> Tensor | None:
@@ -168,3 +162,33 @@ def _checked_labels(prior: Prior, num: int, labels: Tensor | None) -> Tensor | N
     if len(wrong):
         raise CodesError(f"labels: expected 0..{num_classes - 1} (or -1 for any class), found {int(wrong[0])}.")
     return labels.long()
+
+
+def _check_drawing(prior: Prior, drawing: Drawing, labels: Tensor | None) -> None:
+    """Guidance and candidates compare the model with a label to the model without, so both must have been learned and a label be given."""
+    if not drawing.compares:
+        return
+    if labels is None or bool((labels < 0).any()):
+        raise CodesError(
+            "guidance and candidates compare samples with a label to those without: give every sample a label."
+        )
+    if not all(network.label_dropout for network in prior.config.networks):
+        raise CodesError(
+            "guidance and candidates need a prior that was trained with label_dropout above 0, so that it knows `any class` too."
+        )
+
+
+def _checked_given(prior: Prior, num: int, given: Mapping[str, Tensor]) -> Codes:
+    """Known codes as int64; -1 where there are none."""
+    for name, values in given.items():
+        shape = prior.level_prior(name).shape
+        if tuple(values.shape) != (num, *shape.grid) or values.is_floating_point():
+            raise CodesError(
+                f"given codes of level '{name}': expected whole numbers {[num, *shape.grid]}, found {values.dtype} {list(values.shape)}."
+            )
+        wrong = values.long()[(values.long() < -1) | (values.long() >= shape.codebook_size)]
+        if len(wrong):
+            raise CodesError(
+                f"given codes of level '{name}': expected 0..{shape.codebook_size - 1} (or -1 to be drawn), found {int(wrong[0])}."
+            )
+    return {name: values.long() for name, values in given.items()}

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from priors.hierarchy import LevelPrior, Prior, inference
+from priors.hierarchy import Prior
+from priors.level import LevelPrior, inference
 from priors.likelihood import level_nats
 from vqmill.errors import CodesError
 from vqmill.step import StepOutput

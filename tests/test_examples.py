@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -25,4 +26,9 @@ def test_a_diffusers_vqmodel_fills_a_store(
     codes = vqmill.open_codes(store)
     assert codes["codes"].shape == (300, 4, 4)
     assert len(set(codes["codes"][:].flatten().tolist())) > 4
+    capsys.readouterr()
+    assert app(["evaluate", scenes, "--tokenizer-module", module, "--limit", "8", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (figures["images"], figures["size"], figures["codes/codebook_size"]) == (8, 32, 64)
+    assert 0 < figures["ssim"] < 1
     assert app(["decode", str(store), "--tokenizer-module", module, "--out", str(tmp_path / "grid.png")]) == 0

@@ -78,7 +78,12 @@ def _checks(factory: Callable[[], ImageTokenizer]) -> Iterator[tuple[str, Callab
 
     def decode() -> None:
         with torch.no_grad():
-            check_images(model, model.decode(results["codes"]), NUMBER, size)
+            images = model.decode(results["codes"])
+            check_images(model, images, results["codes"])
+            if images.shape != given.shape:
+                raise CodesError(
+                    f"decode: expected the shape that was encoded, {list(given.shape)}, found {list(images.shape)}."
+                )
 
     def stay() -> None:
         if model.fingerprint != before:

@@ -4,34 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from tokenizer.losses import to_floats
 from tokenizer.metrics import SSIM_WINDOW, entropy_bits, nmse, perplexity, psnr, ssim, used_codes
+from tokenizer.models import Tokenizer
+from tokenizer.protocol import ImageTokenizer
 from vqmill.errors import CodesError
-
-
-class Coder(Protocol):
-    """What is measured: anything that turns images into codes and back, such as a `Tokenizer`."""
-
-    @property
-    def config(self) -> Any:
-        """Holds `codebook_size` K."""
-        ...
-
-    def prepare(self, images: Tensor) -> Tensor:
-        """Images as they come -> float32 of the same shape in [-1, 1]."""
-        ...
-
-    def encode(self, images: Tensor) -> dict[str, Tensor]:
-        """Images -> codes in [0, K), [N, h, w] or [N, Q, h, w], for each level."""
-        ...
-
-    def decode(self, codes: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-        """Codes -> images in [-1, 1] (float32)."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -59,10 +40,10 @@ class Evaluation:
     Sums are float64 and lie on the model's device, so that neither the cut into batches nor their number matters.
 
     Args:
-        model: in evaluation mode.
+        model: any tokenizer, in evaluation mode. Ours gives its reconstructions as floats; others give bytes, and those are measured.
     """
 
-    def __init__(self, model: Coder) -> None:
+    def __init__(self, model: ImageTokenizer) -> None:
         self._model = model
         self._num_images = 0
         self._sums: dict[str, Tensor] = {}
@@ -74,15 +55,20 @@ class Evaluation:
         """Measures a batch.
 
         Args:
-            images: as the model's `encode` takes them: uint8 in [0, 255] or float in [-1, 1].
+            images: [N, ..., H, W], uint8 in [0, 255]; or float in [-1, 1], which our `encode` takes, too.
             codes: what `encode` makes of them, where the caller has them already.
 
         Raises:
-            CodesError: the images do not fit the model.
+            CodesError: the images do not fit the model, or its reconstructions do not fit them.
         """
         codes = self._model.encode(images) if codes is None else codes
-        reconstructions = self._model.decode(codes, torch.float32)
-        images = self._model.prepare(images.to(reconstructions.device))
+        reconstructions = _decoded(self._model, codes)
+        images = to_floats(images.to(reconstructions.device))
+        if images.shape != reconstructions.shape:
+            raise CodesError(
+                f"{self._model.name}: decode: expected images of the shape of those that were encoded, {list(images.shape)}, found "
+                f"{list(reconstructions.shape)}. Choose a size that it gives back, or mend its decode."
+            )
         error = (reconstructions - images).double().flatten(1)
         squared, l1 = error.square().mean(dim=1), error.abs().mean(dim=1)
         measured = Measured(images, reconstructions, psnr(squared), _ssim(reconstructions, images), l1)
@@ -102,7 +88,7 @@ class Evaluation:
         self._num_images += len(images)
         for name, value in sums.items():
             self._sums[name] = self._sums.get(name, 0) + value
-        for name, value in _usage(codes, self._model.config.codebook_size).items():
+        for name, value in _usage(codes, self._model.levels).items():
             self._counts[name] = self._counts.get(name, 0) + value
         return measured
 
@@ -114,7 +100,8 @@ class Evaluation:
             mean of each image's own, which is never lower; `ssim`, the mean over images, left out when images are smaller than its
             window; `l1`, mean absolute error of pixels in [-1, 1]; and for each level `{level}/used_codes`, `{level}/perplexity`,
             `{level}/entropy_bits` and `{level}/codebook_size`, with residual quantization for each of its stages `{level}/0`,
-            `{level}/1`, .... Reconstructions are measured as `decode` gives them in float32: clamped to [-1, 1], not rounded to bytes.
+            `{level}/1`, .... Reconstructions of ours are measured as `decode` gives them in float32: clamped to [-1, 1], not rounded to
+            bytes; those of other people's tokenizers are bytes.
 
         Raises:
             CodesError: nothing was added.
@@ -142,7 +129,7 @@ class Evaluation:
         return {name: float(value) for name, value in report.items()}
 
 
-def evaluate(model: Coder, batches: Iterable[Tensor]) -> dict[str, float]:
+def evaluate(model: ImageTokenizer, batches: Iterable[Tensor]) -> dict[str, float]:
     """Measures a model, in evaluation mode, on batches of images; see `Evaluation.report`.
 
     Raises:
@@ -160,12 +147,19 @@ def _ssim(reconstructions: Tensor, images: Tensor) -> Tensor | None:
     return ssim((reconstructions + 1) / 2, (images + 1) / 2)
 
 
-def _usage(codes: Mapping[str, Tensor], codebook_size: int) -> dict[str, Tensor]:
+def _decoded(model: ImageTokenizer, codes: Mapping[str, Tensor]) -> Tensor:
+    """Reconstructions, float32 in [-1, 1]: from before they are rounded to bytes, where the model tells."""
+    return model.decode(codes, torch.float32) if isinstance(model, Tokenizer) else to_floats(model.decode(codes))
+
+
+def _usage(codes: Mapping[str, Tensor], levels: Mapping[str, int]) -> dict[str, Tensor]:
     """How often each code occurs, int64 [K], by level; [N, Q, h, w] gives each of the Q stages by itself."""
-    stages = {}
+    found = {}
     for name, values in codes.items():
-        if values.ndim == 4:
-            stages |= {f"{name}/{stage}": part for stage, part in enumerate(values.unbind(1))}
-        else:
-            stages[name] = values
-    return {name: torch.bincount(part.flatten(), minlength=codebook_size) for name, part in stages.items()}
+        stages = (
+            {f"{name}/{stage}": part for stage, part in enumerate(values.unbind(1))}
+            if values.ndim == 4
+            else {name: values}
+        )
+        found |= {stage: torch.bincount(part.flatten(), minlength=levels[name]) for stage, part in stages.items()}
+    return found

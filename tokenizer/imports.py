@@ -6,7 +6,7 @@ said by the configuration. (A scale could be folded into the outer convolutions;
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -22,6 +22,7 @@ from vqmill.settings import did_you_mean
 
 State = Mapping[str, Tensor]
 WRAPPERS = ("state_dict", "model_state_dict", "model")  # under which a checkpoint may hold its weights
+LISTED = 4  # names in a message
 PREFIXES = ("module.", "model.", "_orig_mod.")  # of DataParallel, Lightning and torch.compile
 
 
@@ -77,7 +78,10 @@ def unwrap(loaded: Any) -> tuple[dict[str, Tensor], list[str]]:
         )
     for name, tensor in loaded.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise CodesError(f"{name!r}: expected a tensor, found {type(tensor).__name__}. Save model.state_dict().")
+            raise CodesError(
+                f"{name!r}: expected a tensor, found {type(tensor).__name__}. A state dict (tensors by name) is expected, alone or under "
+                f"{', '.join(WRAPPERS)}; here are {_some(map(str, loaded))}. Save model.state_dict()."
+            )
     state = dict(loaded)
     while prefix := next((prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in state)), ""):
         notes.append(f"the prefix {prefix!r} was taken off every name")
@@ -106,10 +110,9 @@ def convert(
         raise CodesError(f"layout {layout!r}: expected one of {', '.join(LAYOUTS)}.{did_you_mean(layout, LAYOUTS)}")
     source = LAYOUTS[layout]
     if source.mark not in state:
-        likely = next((name for name, other in LAYOUTS.items() if other.mark in state), "")
-        advice = f"It looks like {likely!r}." if likely else f"Its first tensors are {', '.join(list(state)[:3])}."
+        near = did_you_mean(source.mark, state)
         raise CodesError(
-            f"tensor {source.mark!r} is missing, which every checkpoint of layout {layout!r} has. {advice}"
+            f"tensor {source.mark!r} is missing, which every checkpoint of layout {layout!r} has.{near} {_unmarked(state)}"
         )
     config = TokenizerConfig(
         preset=f"imported-{layout}",
@@ -120,25 +123,70 @@ def convert(
     with torch.device("meta"):  # shapes only
         expected = Tokenizer(config).state_dict()
     modules, codebooks = source.modules(config), source.codebooks(config)
-    tensors, used = {}, set[str]()
-    for name, wanted in expected.items():
+    names = dict(codebooks)
+    for name in expected.keys() - names.keys():
         module, _, kind = name.rpartition(".")
-        theirs = codebooks.get(name) or (f"{modules[module]}.{kind}" if module in modules else "")
+        if module in modules:
+            names[name] = f"{modules[module]}.{kind}"
+    _check_names(state, [names[name] for name in expected if name in names], layout)
+    tensors = {}
+    for name, wanted in expected.items():
         turned = bool(source.transposed and name in codebooks and wanted.ndim == 2)
         tensors[name] = (
-            _tensor(state, theirs, wanted, turned=turned) if theirs else torch.zeros_like(wanted, device="cpu")
-        )
-        used.add(theirs)
-    if extra := sorted(state.keys() - used):
-        raise CodesError(
-            f"{len(extra)} tensors do not belong to layout {layout!r} of these sizes, first {extra[0]!r} of shape {list(state[extra[0]].shape)}. "
-            "Take out of the state dict what is no part of the tokenizer."
+            _tensor(state, names[name], wanted, turned=turned)
+            if name in names
+            else torch.zeros_like(wanted, device="cpu")
         )
     if layout == "unixpickle":  # it counts down from revive_after to 0 what we count up
         for name, tensor in tensors.items():
             if name.endswith(".idle_updates"):
                 tensor.copy_((config.revive_after - tensor).clamp(0))
     return build_module(lambda: Tokenizer(config), tensors).eval()
+
+
+def _unmarked(state: State) -> str:
+    """What to do about tensors that are not of the layout that was named."""
+    for name, other in LAYOUTS.items():
+        if other.mark in state:
+            return f"It looks like {name!r}."
+        for found in state:
+            if found.endswith(f".{other.mark}"):
+                prefix = found.removesuffix(other.mark)
+                return (
+                    f"Below the prefix {prefix!r} it looks like {name!r}: save those tensors alone, without the prefix, as in "
+                    f"{{n.removeprefix({prefix!r}): t for n, t in state.items() if n.startswith({prefix!r})}}."
+                )
+    marks = ", ".join(f"{name} ({other.mark!r})" for name, other in LAYOUTS.items())
+    return f"These layouts can be imported: {marks}. It is none of them; its tensors are {_some(state)}."
+
+
+def _check_names(state: State, wanted: list[str], layout: str) -> None:
+    """Sees that there are the tensors of a layout and no others.
+
+    Raises:
+        CodesError: some are missing or too many, or have other names; the nearest is suggested.
+    """
+    missing, extra = [name for name in wanted if name not in state], sorted(state.keys() - set(wanted))
+    parts = []
+    if missing:
+        parts.append(f"{len(missing)} are missing: {_some(missing)}.{did_you_mean(missing[0], extra)}")
+    if extra:
+        shape = list(state[extra[0]].shape)
+        parts.append(f"{len(extra)} do not belong to it: {_some(extra)} (the first of shape {shape}).")
+    if parts:
+        advice = "Rename what has another name, and leave out what is no part of the tokenizer." if extra else (
+            "Save the whole model's state_dict()."
+        )  # fmt: skip
+        raise CodesError(
+            f"expected {len(wanted)} tensors of layout {layout!r} at these sizes, found {len(state)}: {' '.join(parts)} {advice}"
+        )
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first few names."""
+    given = list(names)
+    more = f" and {len(given) - LISTED} more" if len(given) > LISTED else ""
+    return ", ".join(map(repr, given[:LISTED])) + more
 
 
 def _tensor(state: State, name: str, wanted: Tensor, *, turned: bool) -> Tensor:
@@ -163,7 +211,9 @@ def _tensor(state: State, name: str, wanted: Tensor, *, turned: bool) -> Tensor:
 
 def _found(state: State, name: str) -> Tensor:
     if name not in state:
-        raise CodesError(f"tensor {name!r} is missing.")
+        raise CodesError(
+            f"tensor {name!r} is missing, which its sizes are read off.{did_you_mean(name, state)} There are {_some(state)}."
+        )
     tensor = state[name]
     if tensor.layout != torch.strided or tensor.device.type == "meta" or tensor.is_complex() or tensor.is_quantized:
         raise CodesError(

@@ -49,6 +49,11 @@ def to_bytes(images: Tensor) -> Tensor:
     return ((images + 1) * 127.5).round().to(torch.uint8)
 
 
+def to_floats(images: Tensor) -> Tensor:
+    """uint8 in [0, 255] -> float32 in [-1, 1], of any shape; floats, which lie there already, -> float32."""
+    return images.float() if images.is_floating_point() else images.float() / 127.5 - 1
+
+
 def _inside(images: Tensor) -> Tensor:
     """[-1, 1] -> [0.1, 0.9], where logits are small."""
     return (images + 1) / 2 * (1 - 2 * LAPLACE_MARGIN) + LAPLACE_MARGIN

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tokenizer.config import TokenizerConfig
 from tokenizer.grouped import GroupedNet
-from tokenizer.losses import pixels, to_bytes
+from tokenizer.losses import pixels, to_bytes, to_floats
 from tokenizer.net import Net
 from tokenizer.quantized import Quantized, Quantizer
 from tokenizer.strided import StridedNet
@@ -149,11 +149,9 @@ class Tokenizer(nn.Module):
             raise CodesError(
                 f"images: expected height and width to be multiples of {multiple}, found {height}x{width}. Resize or crop them."
             )
-        if images.dtype == torch.uint8:
-            return images.float() / 127.5 - 1
-        if not images.is_floating_point():
+        if images.dtype != torch.uint8 and not images.is_floating_point():
             raise CodesError(f"images: expected uint8 in [0, 255] or float in [-1, 1], found {images.dtype}.")
-        return images.float()
+        return to_floats(images)
 
     def stack(self, images: Tensor) -> Tensor:
         """Clips [N, T, C, H, W] -> [N, T * C, H, W]; images stay as they are."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -139,13 +139,50 @@ def check_codes(model: ImageTokenizer, codes: Any, number: int, size: int) -> No
             )
 
 
-def check_images(model: ImageTokenizer, images: Any, number: int, size: int) -> None:
-    """Sees that `decode` gave so many images of size x size pixels.
+def check_images(model: ImageTokenizer, images: Any, codes: Mapping[str, Tensor]) -> None:
+    """Sees that `decode` gave bytes, of a size that has just these codes.
 
     Raises:
-        CodesError: another type, dtype or shape.
+        CodesError: another type, dtype or shape; or floats in [0, 1] or [-1, 1] that were made into bytes as they are.
     """
-    expected = [number, model.channels, size, size]
-    if not isinstance(images, Tensor) or images.dtype != torch.uint8 or list(images.shape) != expected:
-        found = f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
-        raise CodesError(f"{model.name}: decode: expected torch.uint8 {expected}, found {found}.")
+    number = len(next(iter(codes.values())))
+    if not isinstance(images, Tensor) or images.dtype != torch.uint8:
+        found = f"{images.dtype}{_bounds(images)}" if isinstance(images, Tensor) else type(images).__name__
+        raise CodesError(
+            f"{model.name}: decode: expected torch.uint8 in [0, 255], found {found}. Scale the pixels to [0, 255], clamp and round them, "
+            "and make them bytes: .to(torch.uint8)."
+        )
+    side = images.shape[-1] if images.ndim else 0
+    given = ", ".join(_grid_text(level, values.shape[1:]) for level, values in codes.items())
+    if list(images.shape) != [number, model.channels, side, side] or _grids(model, codes, side) != given:
+        raise CodesError(
+            f"{model.name}: decode: expected torch.uint8 [{number}, {model.channels}, S, S] of a size S that has these codes, {given}; found "
+            f"{list(images.shape)}. By its grid, size {model.size} has {_grids(model, codes, model.size)}, and size {side} has "
+            f"{_grids(model, codes, side)}. Mend its decode, or its grid."
+        )
+    if images.numel() and int((images + 1).max()) <= 2:  # bytes wrap: there are none but 255 (-1 as a byte), 0 and 1
+        white = torch.full((1, model.channels, model.size, model.size), 255, dtype=torch.uint8, device=images.device)
+        if int(model.decode(model.encode(white)).max()) <= 1:
+            raise CodesError(
+                f"{model.name}: decode: expected pixels in [0, 255], found at most 1, even for a white image. Scale floats to [0, 255] "
+                "before they are made bytes."
+            )
+
+
+def _grids(model: ImageTokenizer, levels: Iterable[str], size: int) -> str:
+    """What codes an image of size x size pixels has."""
+    try:
+        return ", ".join(_grid_text(level, model.grid(level, size)) for level in levels)
+    except Exception as error:  # whoever wrote it decides what is raised
+        return f"none ({error!r})"
+
+
+def _grid_text(level: str, grid: Iterable[int]) -> str:
+    return f"{level} {'x'.join(map(str, grid))}"
+
+
+def _bounds(images: Tensor) -> str:
+    if not images.numel() or images.is_complex():
+        return ""
+    low, high = (float(bound) for bound in images.aminmax())
+    return f" from {low:g} to {high:g}"

@@ -23,7 +23,7 @@ from vqmill.problems import Kind, Problem, runs, some, span
 from vqmill.reader import ShardedArray
 from vqmill.spec import CODECS, LevelSpec, StoreSpec
 from vqmill.tables import MAX_PART_ROWS, QUARANTINE_SCHEMA, SAMPLES_SCHEMA, check_part
-from vqmill.usage import CodeUsage
+from vqmill.usage import StoreUsage
 
 
 @dataclass
@@ -32,12 +32,12 @@ class ShardFindings:
 
     Attributes:
         problems: in the order of its files.
-        usage: by level, how often each code occurs in chunks that are whole.
+        usage: how often each code occurs in chunks that are whole.
         bytes_read: size of the files that were read.
     """
 
     problems: list[Problem] = field(default_factory=list[Problem])
-    usage: dict[str, CodeUsage] = field(default_factory=dict[str, CodeUsage])
+    usage: StoreUsage = field(default_factory=lambda: StoreUsage(()))
     bytes_read: int = 0
 
 
@@ -59,7 +59,7 @@ def check_shard(store: Path, spec: StoreSpec, commit: Commit) -> ShardFindings:
         spec: its specification.
         commit: a record that agrees with it.
     """
-    found = ShardFindings(usage={level.name: CodeUsage(level.codebook_size) for level in spec.levels})
+    found = ShardFindings(usage=StoreUsage(spec.levels))
     levels = {level.name: level for level in spec.levels}
     whole: set[str] = set()
     labels: np.ndarray[Any, Any] | None = None
@@ -73,7 +73,7 @@ def check_shard(store: Path, spec: StoreSpec, commit: Commit) -> ShardFindings:
         found.bytes_read += (store / name).stat().st_size
         broken: list[tuple[str, tuple[int, int]]] = []
         if array is not None and array in levels:
-            broken = _broken_codes(store, spec, levels[array], commit, found.usage[array])
+            broken = _broken_codes(store, spec, levels[array], commit, found.usage)
         elif array is not None:
             labels, broken = _labels(store, spec, commit)
         if wrong:
@@ -144,7 +144,7 @@ def _around(broken: list[tuple[str, tuple[int, int]]]) -> tuple[int, int] | None
 
 
 def _broken_codes(
-    store: Path, spec: StoreSpec, level: LevelSpec, commit: Commit, usage: CodeUsage
+    store: Path, spec: StoreSpec, level: LevelSpec, commit: Commit, usage: StoreUsage
 ) -> list[tuple[str, tuple[int, int]]]:
     """What is wrong with the chunks of a level's Zarr shard, and in which rows; counts the codes of the others."""
     chunk_rows = level.rows_per_chunk(spec.rows_per_shard)
@@ -167,7 +167,7 @@ def _broken_codes(
         bad = np.flatnonzero(largest >= level.codebook_size)
         beyond += [(commit.first_row + first + int(row), int(largest[row])) for row in bad]
         if not len(bad):
-            usage.add(codes)
+            usage.add(level.name, codes)
     broken = _undecodable(reasons, chunk_rows, commit)
     if beyond:
         row, code = beyond[0]

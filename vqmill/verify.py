@@ -22,7 +22,7 @@ from vqmill.places import Folder, read_file
 from vqmill.problems import NO_DAMAGE, Problem, whole_commits
 from vqmill.spec import StoreSpec
 from vqmill.stored import MAX_ARRAY_METADATA_BYTES
-from vqmill.usage import CodeUsage
+from vqmill.usage import StoreUsage
 from vqmill.writer import files_of
 
 THREADS = min(4, os.cpu_count() or 1)  # hashing and decoding release the GIL
@@ -36,8 +36,9 @@ class Verification:
         rows: code rows that the store counts.
         counts: input samples over all readable commit records.
         bytes_read: size of all files of Zarr shards that were read.
-        used_codes: by level, how many of the K codes occur; empty after a quick look.
-        perplexity: by level, 2 to the entropy (bits) of the codes over the whole store; empty after a quick look.
+        used_codes: by level, or by stage of residual codes (`codes/0`, `codes/1`, ...), how many of the K codes occur; empty after a
+            quick look.
+        perplexity: by the same names, 2 to the entropy (bits) of the codes over the whole store; empty after a quick look.
         problems: all findings; empty when the store is finished and whole.
     """
 
@@ -79,7 +80,7 @@ def verify_store(
     problems += _metadata_problems(path, spec)
     commits = _read_commits(path, spec, names, problems)
     problems += _order_problems(spec, commits)
-    usage = {level.name: CodeUsage(level.codebook_size) for level in spec.levels}
+    usage = StoreUsage(spec.levels)
     bytes_read = 0
     visible = [commit for commit in commits.values() if not _behind(links, spec, commit)]
     check = check_sizes if quick else check_shard
@@ -87,8 +88,7 @@ def verify_store(
     for done, findings in enumerate(checks, start=1):
         problems += findings.problems
         bytes_read += findings.bytes_read
-        for name, found in findings.usage.items():
-            usage[name].merge(found)
+        usage.merge(findings.usage)
         if progress:
             progress(done, spec.num_commits)
     problems += _foreign_files(spec, [name for name in names if name not in links])
@@ -102,8 +102,8 @@ def verify_store(
         spec.num_rows,
         sum((commit.counts for commit in commits.values()), Counts()),
         bytes_read,
-        {} if quick else {name: found.used for name, found in usage.items()},
-        {} if quick else {name: found.perplexity for name, found in usage.items()},
+        {} if quick else usage.used,
+        {} if quick else usage.perplexity,
         _advised(path, spec, commits, problems, again),
     )
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from pipelines.cli import app
+from vqmill.spec import LevelSpec
 
 GOLDEN = Path(__file__).parents[1] / "vqmill/golden/v1/image.zarr"
 COMMAND = ["vqmill", "tokenize", "my shards.tar", "--tokenizer", "runs/tok", "--out", "codes.zarr"]
@@ -130,6 +133,24 @@ def test_without_a_record_the_command_is_named_in_words(
     assert "then: the `vqmill tokenize` command that made the store" in capsys.readouterr().out
     assert run("repair", store) == 1
     assert "run: the `vqmill tokenize` command that made the store" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["verify", "inspect"])
+def test_residual_stages_have_a_line_each(
+    command: str, tmp_path: Path, stores: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    levels = (LevelSpec("codes", 64, (2, 4, 3), outer="depth"),)
+    spec = replace(stores.two_levels, levels=levels)
+    codes = stores.codes(spec, 12)["codes"]
+    codes[:, 1] //= 16
+    path = stores.write(tmp_path / "codes.zarr", spec, {"codes": codes})
+    assert run(command, path, "--json") == 3
+    text, facts = printed(capsys)
+    used = len(np.unique(codes[:, 0]))
+    assert f"level codes stage 1: 4x3 uint8, {used} of 64 codes used" in text
+    assert "level codes stage 2: 4x3 uint8, 4 of 64 codes used (6.2%), perplexity " in text
+    assert facts["used_codes"] == {"codes/0": used, "codes/1": 4}
+    assert facts["perplexity"].keys() == facts["used_codes"].keys()
 
 
 @pytest.mark.parametrize("command", ["verify", "repair"])

@@ -224,6 +224,18 @@ def test_what_cannot_be_is_refused(
     assert message in capsys.readouterr().err
 
 
+def test_the_own_folder_of_the_tokenizer_is_no_out(
+    trained: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for settings in ('{"command": "train-tokenizer", "plan": "x", "holdout": 0.2}', None):
+        (trained / "settings.json").unlink() if settings is None else (trained / "settings.json").write_text(settings)
+        assert run("evaluate", trained, photos, "--out", trained) == 2
+        error = capsys.readouterr().err
+        assert "Choose another --out." in error
+        assert "remove" not in error
+        assert (trained / "tokenizer.safetensors").is_file()
+
+
 def test_a_damaged_record_of_the_training_is_refused(
     trained: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -235,7 +235,7 @@ def test_each_stage_of_a_level_can_collapse() -> None:
         {f"top/{stage}/perplexity": stage + 0.1 for stage in range(3)}
         | {f"top/{stage}/codebook_size": 20.0 for stage in range(3)}
     )
-    assert [text.partition(":")[0] for text in found] == ["level top/0"]
+    assert [text.partition(":")[0] for text in found] == ["level top stage 1"]
 
 
 def test_replaced_rows_are_forgotten(tmp_path: Path) -> None:

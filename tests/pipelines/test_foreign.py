@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,13 @@ import torch
 import priors
 import vqmill
 from pipelines.cli import app
+from pipelines.corpus.images import Preprocessing
 from pipelines.corpus.plan import plan_corpus
+from pipelines.corpus.walk import walk_images
 from pipelines.decode import original_images
 from pipelines.foreign import ForeignTokenizer, load_module, packed
 from vqmill.errors import CodesError, UsageError
+from vqmill.spec import LevelSpec
 from vqmill.verify import verify_store
 
 # Blocks of 4 x 4 pixels by their mean; FINGERPRINT and SHIFT are filled in by each test.
@@ -200,6 +204,97 @@ def test_exactly_one_tokenizer_is_named(tokenizer_folder: Path, capsys: pytest.C
     assert "name one tokenizer" in capsys.readouterr().err
     assert run("sample", "prior", "--tokenizer", tokenizer_folder, "--tokenizer-module", "a:b", "--out", "s.png") == 2
     capsys.readouterr()
+
+
+def evaluated(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_evaluate_gives_the_figures_of_any_tokenizer(
+    scenes: str, tmp_path: Path, write_module: Callable[..., str], published_weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
+    module, out = write_module("foreign_measured"), tmp_path / "evaluation"
+    command = ("evaluate", scenes, "--tokenizer-module", module, "--limit", 20, "--out", out, "--json")
+    assert run(*command) == 0
+    printed = capsys.readouterr().out
+    assert f"{module} (tokenizer means-1) on" in printed
+    assert "looked at: all images: what it was trained on is not known\n" in printed
+    found = json.loads(printed.splitlines()[-1])
+    walk = walk_images(plan_corpus(scenes), Preprocessing(size=16), None, {}, 20)
+    images = torch.from_numpy(np.stack([image.pixels for image in walk]))
+    model = load_module(module)
+    codes = model.encode(images)
+    error = (model.decode(codes).double() - images) / 127.5
+    assert found["l1"] == pytest.approx(float(error.abs().mean()), rel=1e-4)
+    assert found["psnr"] == pytest.approx(float(10 * torch.log10(4 / error.square().mean())), rel=1e-4)
+    assert found["nmse"] == pytest.approx(float(error.square().mean() / (images / 127.5).double().var()), rel=1e-3)
+    assert 0 < found["ssim"] < 1
+    for level, size in model.levels.items():
+        shares = codes[level].flatten().bincount(minlength=size) / codes[level].numel()
+        assert (found[f"{level}/used_codes"], found[f"{level}/codebook_size"]) == (int((shares > 0).sum()), size)
+        assert found[f"{level}/perplexity"] == pytest.approx(float(torch.special.entr(shares).sum().exp()), rel=1e-4)
+    record = json.loads((out / "run.json").read_bytes())
+    assert (record["tokenizer_module"], "tokenizer" in record) == (module, False)
+    assert run(*command) == 0
+    assert "already evaluated" in capsys.readouterr().out
+
+    weights = ("--lpips", published_weights / "alex.pth", "--lpips-backbone", published_weights / "checkpoints/alexnet-owt-7be5be79.pth")  # fmt: skip
+    assert run(*command[:4], "--limit", 3, "--size", 32, "--precision", "bf16", "--json", *weights) == 0
+    assert evaluated(capsys)["lpips"] > 0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [(), ("tok",), ("tok", "photos", "more"), ("--tokenizer-module", "a:b"), ("tok", "photos", "--tokenizer-module", "a:b")],
+    ids=["nothing", "one", "three", "no-corpus", "both"],
+)  # fmt: skip
+def test_evaluate_takes_a_folder_or_a_module(words: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("evaluate", *words) == 2
+    error = capsys.readouterr().err
+    assert "expected a tokenizer's folder and a corpus" in error
+    assert f"found {' '.join(words) or 'nothing'}." in error
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (".float() / 255", "expected torch.uint8 in [0, 255], found torch.float32 from 0"),
+        (".to(torch.uint8)[..., ::2, ::2]", "S] of a size S that has these codes, top 2x2, bottom 4x4; found ["),
+        (".div(255).to(torch.uint8)", "expected pixels in [0, 255], found at most 1, even for a white image"),
+    ],
+    ids=["floats", "size", "unscaled"],
+)
+def test_images_that_break_the_protocol_are_named(
+    change: str, message: str, stores: Any, scenes: str, tmp_path: Path, write_module: Callable[..., str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    code = CODE.replace(".repeat_interleave(4, 3).to(torch.uint8)", f".repeat_interleave(4, 3){change}")
+    module = write_module(f"foreign_images_{len(change)}", code=code)
+    levels = (LevelSpec("top", 5, (2, 2)), LevelSpec("bottom", 300, (4, 4)))
+    spec = replace(stores.two_levels, levels=levels, tokenizer={"fingerprint": "means-1"})
+    store = stores.write(tmp_path / "codes.zarr", spec, stores.codes(spec, 8))
+    out, given = tmp_path / "out.png", ("--tokenizer-module", module, "--out", tmp_path / "out.png")
+    commands = {"decode": (store,), "sample": (small_prior(store), "--num", 4), "evaluate": (scenes,)}
+    for name, words in commands.items():
+        assert run(name, *words, *given) == (2 if name == "evaluate" else 1)
+        error = capsys.readouterr().err
+        assert f"--tokenizer-module {module}: means: decode: expected " in error
+        assert message in error
+        assert f"Try: vqmill check-tokenizer {module}" in error
+        assert not out.exists()
+
+
+def test_evaluate_refuses_reconstructions_of_another_size(
+    scenes: str, write_module: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = CODE.replace("size % 8", "size < 1").replace("size //", "(size + 7) // 8 * 8 //")
+    code = code.replace(
+        "avg_pool2d(images", "avg_pool2d(torch.nn.functional.pad(images, (0, -images.shape[3] % 8) * 2)"
+    )
+    module = write_module("foreign_padded", code=code)
+    assert run("evaluate", scenes, "--tokenizer-module", module, "--limit", 2) == 0
+    assert run("evaluate", scenes, "--tokenizer-module", module, "--limit", 2, "--size", 20) == 1
+    assert "of those that were encoded, [2, 3, 20, 20], found [2, 3, 24, 24]" in capsys.readouterr().err
 
 
 def test_an_installed_package_comes_before_the_current_directory(write_module: Callable[..., str]) -> None:

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 import tokenizer
@@ -93,6 +94,8 @@ def spoil(kind: str, path: Path, state: OrderedDict[str, torch.Tensor]) -> None:
         path.write_bytes(bytes(data))
     elif kind == "empty":
         path.write_bytes(b"")
+    elif kind == "safetensors":
+        path.write_bytes(safetensors.torch.save({name: tensor.contiguous() for name, tensor in state.items()}))
     elif kind == "picture":
         path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))
     elif kind == "list":
@@ -111,10 +114,11 @@ def spoil(kind: str, path: Path, state: OrderedDict[str, torch.Tensor]) -> None:
         ("flipped", "damaged: the CRC of"),
         ("empty", "not a whole checkpoint"),
         ("picture", "no checkpoint of torch"),
+        ("safetensors", "expected a .pt file of torch, found safetensors"),
         ("list", "expected a state dict"),
         ("nan", "tensor 'quantize_conv_t.bias' holds NaN"),
     ],
-    ids=["code", "pickle", "cut", "flipped", "empty", "picture", "list", "nan"],
+    ids=["code", "pickle", "cut", "flipped", "empty", "picture", "safetensors", "list", "nan"],
 )
 def test_bad_files_are_refused(
     kind: str, message: str, published: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -48,10 +48,22 @@ def test_other_settings_are_refused_with_the_difference(tmp_path: Path, finish: 
 
 def test_foreign_folders_and_second_jobs_are_refused(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
-    with pytest.raises(UsageError, match="not the output"):
+    with pytest.raises(UsageError, match=r"is not the output of this command\. Choose another --out\.$"):
         OutputFolder(tmp_path / "photos", {})
     with OutputFolder(tmp_path / "run", {}), pytest.raises(UsageError, match="Another job"):
         OutputFolder(tmp_path / "run", {})
+
+
+@pytest.mark.parametrize("finish", [False, True])
+def test_the_output_of_another_command_is_not_to_be_removed(tmp_path: Path, finish: bool) -> None:
+    out = tmp_path / "tok"
+    with OutputFolder(out, {"command": "train-tokenizer"}) as place:
+        if finish:
+            place.finish()
+    with pytest.raises(
+        UsageError, match=r"not the output of this command but of train-tokenizer\. Choose another --out\.$"
+    ):
+        OutputFolder(out, {"command": "evaluate"})
 
 
 def test_room_is_checked_before_work(tmp_path: Path) -> None:

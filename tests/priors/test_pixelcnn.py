@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from priors import LevelShape, PixelCNN, PixelConvA, PixelConvB, PixelPosition, from_preset
+from priors import LevelShape, PixelAttention, PixelCNN, PixelConvA, PixelConvB, PixelPosition, from_preset
 from vqmill.errors import CodesError
 
 HEIGHT, WIDTH = 5, 6
@@ -105,32 +105,61 @@ def test_a_network_sees_exactly_its_past_without_a_blind_spot(horizontal, vertic
     assert torch.equal(seen, expected(3 * vertical, 3 * horizontal))
 
 
+def all_before(rows=HEIGHT, columns=WIDTH, itself=False):
+    """Every place before a place in raster order, however far; with the place itself if wanted."""
+    table = torch.ones(rows * columns, rows * columns, dtype=torch.bool)
+    return table.tril(0 if itself else -1).view(rows, columns, rows, columns)
+
+
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+def test_attention_sees_itself_and_all_before_in_its_own_stack_alone(norm):
+    torch.manual_seed(0)
+    layer = PixelAttention(6, 2, norm=norm).double()
+    stacks = torch.randn(1, 12, HEIGHT, WIDTH, dtype=torch.float64)
+    vert, horiz = stacks[:, :6], stacks[:, 6:]
+    assert torch.equal(influence(lambda x: layer(vert, x)[1], horiz), all_before(itself=True))
+    assert torch.equal(layer(vert, horiz)[0], vert)
+
+
+def test_a_network_with_attention_sees_farther_and_never_itself():
+    torch.manual_seed(0)
+    layers = [PixelConvA(3, 6), PixelAttention(6, 2), PixelConvB(6), PixelAttention(6, 3)]
+    image = torch.randn(1, 3, HEIGHT, WIDTH, dtype=torch.float64)
+    seen = influence(lambda x: torch.cat(PixelCNN(*layers).double()(x), dim=1), image)
+    assert not (seen & ~all_before()).any()
+    assert seen[4, 5, 0, :5].all()  # three rows of 2 + 2 columns is all that the convolutions reach
+    assert not influence(lambda x: PixelCNN(*layers[::2]).double()(x)[1], image)[4, 5, 0, :1].any()
+
+
 @pytest.mark.parametrize("num_classes", [0, 3])
 @pytest.mark.parametrize("name", ["top", "bottom"])
-def test_the_whole_prior_is_strictly_causal(num_classes, name):
+@pytest.mark.parametrize(
+    ("preset", "options"), [("pixelcnn-tiny", {"num_layers": 5}), ("pixelcnn-tiny", {"attention_every": 2}), ("gpt-tiny", {})],
+    ids=["gated", "attention", "gpt"],
+)  # fmt: skip
+def test_the_whole_prior_is_strictly_causal(num_classes, name, preset, options):
     torch.manual_seed(0)
     levels = [LevelShape("top", 5, (2, 3)), LevelShape("bottom", 7, (4, 6))]
-    prior = from_preset("pixelcnn-tiny", levels, num_classes, "tok", depth=8, num_layers=5).double().eval()
+    prior = from_preset(preset, levels, num_classes, "tok", depth=8, **options).double().eval()
+    with torch.no_grad():
+        for parameter in prior.parameters():
+            parameter.mul_(2)
     level = prior.level_prior(name)
     label = torch.tensor([1]) if num_classes else None
     condition = level.condition(label, {"top": torch.randint(0, 5, (1, 2, 3))})
     codes = torch.randint(0, level.shape.codebook_size, (1, *level.shape.grid))
     embedded = []
-    hook = level.embedding.register_forward_hook(lambda module, args, output: embedded.append(output))
+    hook = level.network.embedding.register_forward_hook(lambda module, args, output: embedded.append(output))
     logits = level(codes, condition)
     hook.remove()
     rows, columns = level.shape.grid
     weights = torch.rand(logits.shape[1], dtype=logits.dtype)
-    seen = torch.stack(
-        [
-            torch.autograd.grad((logits[0, :, r, c] * weights).sum(), embedded[0], retain_graph=True)[0]
-            .abs()
-            .sum((0, 3))
-            for r in range(rows)
-            for c in range(columns)
-        ]
-    ).view(rows, columns, rows, columns)
-    assert torch.equal(seen > 0, expected(rows, columns, rows, columns))
+    sums = [(logits[0, :, r, c] * weights).sum() for r in range(rows) for c in range(columns)]
+    seen = torch.zeros(rows * columns, rows * columns)
+    for place, total in enumerate(sums):
+        gradient = torch.autograd.grad(total, embedded[0], retain_graph=True)[0].abs().sum(-1).flatten()
+        seen[place, : len(gradient)] = gradient  # a transformer never looks at the last code
+    assert torch.equal(seen.view(rows, columns, rows, columns) > 0, all_before(rows, columns))
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (1, 4), (4, 1)])

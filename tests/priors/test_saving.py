@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from priors import load, save
-from priors.hierarchy import inference
+from priors.level import inference
 from vqmill.checkpoint import load_checkpoint, save_checkpoint
 from vqmill.errors import CodesError
 
@@ -34,6 +34,11 @@ def test_the_fingerprint_follows_the_weights(toy):
     assert toy.fingerprint != before
 
 
+def resized(metadata, **sizes):
+    networks = [network | sizes for network in metadata["config"]["networks"]]
+    return metadata | {"config": metadata["config"] | {"networks": networks}}
+
+
 def test_wrong_files_are_refused(toy, tmp_path):
     with pytest.raises(CodesError, match="no such checkpoint"):
         load(tmp_path)
@@ -52,12 +57,8 @@ def test_wrong_files_are_refused(toy, tmp_path):
             metadata | {"config": metadata["config"] | {"levels": None}},
             r"prior\.safetensors: levels: expected a list",
         ),
-        (tensors, metadata | {"config": metadata["config"] | {"depth": 10**9}}, r"prior\.safetensors: depth: expected"),
-        (
-            tensors,
-            metadata | {"config": metadata["config"] | {"depth": 1 << 14, "vertical": 64}},
-            "do not fit",
-        ),  # 2^44 bytes a layer
+        (tensors, resized(metadata, depth=10**9), r"prior\.safetensors: depth: expected"),
+        (tensors, resized(metadata, depth=1 << 14, vertical=64), "do not fit"),  # 2^44 bytes a layer
     ):
         save_checkpoint(file, changed_tensors, changed_metadata)
         with pytest.raises(CodesError, match=message):

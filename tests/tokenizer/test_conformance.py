@@ -9,7 +9,7 @@ import torch
 
 from tokenizer import Tokenizer, TokenizerConfig
 from tokenizer.conformance import check_tokenizer
-from tokenizer.protocol import check_facts
+from tokenizer.protocol import check_facts, check_images
 from vqmill.errors import CodesError
 
 COUNTER = itertools.count()
@@ -56,6 +56,10 @@ def test_ours_and_a_plain_one_pass():
     assert [check.problem for check in check_tokenizer(Means)] == [""] * 8
 
 
+def decode_with(change):
+    return lambda self, codes: change(Means.decode(self, codes))
+
+
 BROKEN = {
     "no-member": ({"encode": property(lambda self: self.gone)}, 0, "a Means has no encode; a tokenizer has name, fingerprint"),
     "no-fingerprint": ({"fingerprint": ""}, 0, "fingerprint: expected 1 to 128 printable characters, found ''"),
@@ -74,7 +78,15 @@ BROKEN = {
     "overwrites": ({"encode": encode_with(lambda codes, images: (codes, images.zero_())[0])}, 1, "encode changed the images"),
     "random": ({"encode": encode_with(lambda codes, images: codes | {"top": (codes["top"] + next(COUNTER)) % 4})}, 2, "is something random in it"),
     "batch": ({"encode": encode_with(lambda codes, images: codes | {"top": (codes["top"] + len(images)) % 4})}, 3, "one by one have other codes"),
-    "pixels": ({"decode": lambda self, codes: codes["bottom"]}, 4, "expected torch.uint8 [8, 1, 8, 8], found torch.int64 [8, 2, 2]"),
+    "no-images": ({"decode": lambda self, codes: None}, 4, "decode: expected torch.uint8 in [0, 255], found NoneType"),
+    "floats": ({"decode": decode_with(lambda images: images / 255)}, 4, "expected torch.uint8 in [0, 255], found torch.float32 from 0."),
+    "smaller": ({"decode": decode_with(lambda images: images[..., ::2, ::2])}, 4, "of a size S that has these codes, top 1x1, bottom 2x2; found [8, 1, 4, 4]. By its grid, size 8 has top 1x1, bottom 2x2, and size 4 has none (ValueError('no top of 4'))"),
+    "larger": ({"decode": decode_with(lambda images: images.repeat(1, 1, 2, 2))}, 4, "found [8, 1, 16, 16]. By its grid, size 8 has top 1x1, bottom 2x2, and size 16 has top 2x2, bottom 4x4"),
+    "oblong": ({"decode": decode_with(lambda images: images[..., :4, :])}, 4, "found [8, 1, 4, 8]"),
+    "colours": ({"decode": decode_with(lambda images: images.repeat(1, 3, 1, 1))}, 4, "expected torch.uint8 [8, 1, S, S]"),
+    "unscaled": ({"decode": decode_with(lambda images: (images / 255).to(torch.uint8))}, 4, "expected pixels in [0, 255], found at most 1, even for a white image"),
+    "signed": ({"decode": decode_with(lambda images: (images / 127.5 - 1).to(torch.int16).to(torch.uint8))}, 4, "expected pixels in [0, 255], found at most 1, even for a white image"),
+    "padded": ({"size": 12, "grid": lambda self, level, size: ((size + 7) // 8 * (2 if level == "bottom" else 1),) * 2, "encode": lambda self, images: Means.encode(self, torch.nn.functional.pad(images, (0, 4, 0, 4)))}, 4, "expected the shape that was encoded, [8, 1, 12, 12], found [8, 1, 16, 16]"),
     "moves": ({"encode": lambda self, images: (setattr(self, "fingerprint", "moved"), Means.encode(self, images))[1]}, 5, "changed the fingerprint"),
     "sizes": ({"grid": lambda self, level, size: (size // 8,) * 2 if level == "top" else (size // 4,) * 2}, 7, "no ValueError"),
 }  # fmt: skip
@@ -86,6 +98,15 @@ def test_what_is_broken_is_named(name):
     checks = check_tokenizer(means(**changes))
     assert message.lower() in checks[-1].problem.lower()
     assert [bool(check.problem) for check in checks] == [False] * place + [True], "the list ends with the first problem"
+
+
+@pytest.mark.parametrize("shade", [0, 1, 255])
+def test_images_may_be_as_dark_or_as_plain_as_they_are(shade):
+    model = Means()
+    codes = model.encode(torch.full((2, 1, 8, 8), shade, dtype=torch.uint8))
+    check_images(model, model.decode(codes), codes)
+    binary = means(decode=decode_with(lambda images: (images > 127).to(torch.uint8) * 255))()
+    check_images(binary, binary.decode(codes), codes)
 
 
 def test_a_factory_must_repeat_itself():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -17,21 +17,25 @@ from vqmill import CodesError
 class Rounding:
     """A tokenizer that one can work out: one code for each 4x4 block of a grey image, its mean in 16 steps."""
 
+    name, fingerprint, channels, size = "rounding", "rounding-1", 1, 16
+    levels = {"codes": 16}  # noqa: RUF012
+
     def __init__(self, stages: int = 0) -> None:
-        self.config = SimpleNamespace(codebook_size=16, level_names=("codes",))
         self.stages = stages
 
-    def prepare(self, images: torch.Tensor) -> torch.Tensor:
-        return images.float() / 127.5 - 1
+    def grid(self, level: str, size: int) -> tuple[int, ...]:
+        return ((2,) if self.stages else ()) + (size // 4, size // 4)
+
+    def to(self, device: torch.device) -> Rounding:
+        return self
 
     def encode(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         codes = torch.nn.functional.avg_pool2d(images.float(), 4)[:, 0].div(16).long()  # [N, h, w]
         return {"codes": torch.stack([codes, codes % 2], dim=1) if self.stages else codes}
 
-    def decode(self, codes: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-        assert dtype == torch.float32
+    def decode(self, codes: Mapping[str, torch.Tensor]) -> torch.Tensor:
         grid = codes["codes"][:, 0] if self.stages else codes["codes"]
-        return ((grid * 16 + 8) / 127.5 - 1)[:, None].repeat_interleave(4, -1).repeat_interleave(4, -2)
+        return (grid * 16 + 8).to(torch.uint8)[:, None].repeat_interleave(4, -1).repeat_interleave(4, -2)
 
 
 def pictures(num: int, size: int = 16, seed: int = 0) -> torch.Tensor:
@@ -45,7 +49,7 @@ def test_every_figure_is_the_plain_one():
     model, images = Rounding(), pictures(12)
     found = tokenizer.evaluate(model, images.split(5))
     original = images.double() / 127.5 - 1
-    error = model.decode(model.encode(images), torch.float32).double() - original
+    error = model.decode(model.encode(images)) / 127.5 - 1 - original
     mse = error.square().mean()
     per_image = [10 * math.log10(4 / float(one.square().mean())) for one in error]
     similar = ssim((original + error + 1) / 2, (original + 1) / 2)

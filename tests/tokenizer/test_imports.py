@@ -122,9 +122,10 @@ def test_wrappings_are_taken_off_and_said(source):
         ([1, 2], "expected a state dict"),
         ({}, "expected a state dict"),
         ({"a": 3}, "'a': expected a tensor, found int"),
+        ({"net": {}, "epoch": 3}, "alone or under state_dict, model_state_dict, model; here are 'net', 'epoch'"),
         ({3: torch.zeros(1)}, "3: expected a tensor"),
     ],
-    ids=["list", "empty", "number", "key"],
+    ids=["list", "empty", "number", "elsewhere", "key"],
 )
 def test_what_holds_no_weights_is_refused(loaded, message):
     with pytest.raises(CodesError, match=message):
@@ -151,18 +152,19 @@ CONV = "_encoder._conv_2.weight"
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        (CONV, lambda old: None, f"tensor '{CONV}' is missing"),
+        ("_pre_vq_conv.bias", lambda old: None, r"expected \d+ tensors of layout 'zalando' at these sizes, found \d+: 1 are missing: '_pre_vq_conv.bias'\. Save the whole"),
+        (CONV, lambda old: None, f"tensor '{CONV}' is missing, which its sizes are read off. Did you mean '_encoder._conv_"),
         (CONV, lambda old: old[:, :3], rf"tensor '{CONV}': expected floats of shape \[8, 4, 4, 4\], found torch.float32 \[8, 3, 4, 4\]"),
         (CONV, lambda old: old[0], "expected 4 dimensions"),
         (CONV, lambda old: old.long(), "expected floats"),
         (CONV, lambda old: old * float("nan"), f"tensor '{CONV}' holds NaN or infinity"),
         (CONV, lambda old: torch.zeros(1).expand(8, 4, 4, 4), "holds 4 bytes"),
         (CONV, lambda old: old.to_sparse(), "expected a plain tensor"),
-        ("_vq_vae._ema_w", lambda old: None, "tensor '_vq_vae._ema_w' is missing"),
-        ("loss.scale", lambda old: torch.zeros(2), r"1 tensors do not belong .* 'loss.scale' of shape \[2\]"),
+        ("_vq_vae._ema_w", lambda old: None, "1 are missing: '_vq_vae._ema_w'"),
+        ("loss.scale", lambda old: torch.zeros(2), r"1 do not belong to it: 'loss.scale' \(the first of shape \[2\]\)\. Rename"),
         ("_vq_vae._embedding.weight", lambda old: None, "is missing, which every checkpoint of layout 'zalando' has"),
     ],
-    ids=["gone", "narrow", "flat", "integers", "nan", "pretended", "sparse", "half-ema", "extra", "mark"],
+    ids=["no-bias", "gone", "narrow", "flat", "integers", "nan", "pretended", "sparse", "half-ema", "extra", "mark"],
 )  # fmt: skip
 def test_what_does_not_fit_is_named(source, name, change, message):
     with pytest.raises(CodesError, match=message):
@@ -172,10 +174,26 @@ def test_what_does_not_fit_is_named(source, name, change, message):
 def test_another_layout_is_recognised(source):
     with pytest.raises(CodesError, match="It looks like 'rosinality'"):
         convert(source("rosinality").state_dict(), "zalando")
-    with pytest.raises(CodesError, match=r"Its first tensors are a"):
+    with pytest.raises(
+        CodesError, match=r"zalando \('_vq_vae\._embedding\.weight'\), unixpickle .* its tensors are 'a'\."
+    ):
         convert({"a": torch.zeros(1)}, "zalando")
     with pytest.raises(CodesError, match="Did you mean 'zalando'"):
         convert({}, "zalandoo")
+
+
+def test_other_names_and_prefixes_are_recognised(source):
+    state = source("rosinality").state_dict()
+    renamed = {name.replace("quantize_conv_t", "quant_conv_t"): tensor for name, tensor in state.items()}
+    message = r"2 are missing: 'quantize_conv_t\.weight', .* Did you mean 'quant_conv_t\.weight'\? 2 do not belong to it: 'quant_conv_t"
+    with pytest.raises(CodesError, match=message):
+        convert(renamed, "rosinality")
+    mark = broken(state, "quantize_t.embed", lambda old: None) | {"quantize_t.embeds": state["quantize_t.embed"]}
+    with pytest.raises(CodesError, match=r"Did you mean 'quantize_t\.embeds'\?"):
+        convert(mark, "rosinality")
+    inside = {f"vqvae.{name}": tensor for name, tensor in state.items()} | {"discriminator.weight": torch.zeros(2)}
+    with pytest.raises(CodesError, match=r"Below the prefix 'vqvae\.' it looks like 'rosinality'"):
+        convert(inside, "zalando")
 
 
 def test_unixpickle_usage_must_be_counts_and_levels_few(source):

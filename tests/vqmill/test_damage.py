@@ -17,7 +17,7 @@ from vqmill.layout import encode_zarr_shard
 from vqmill.problems import Problem, runs, whole_commits
 from vqmill.repair import repair_store
 from vqmill.spec import Segment
-from vqmill.usage import CodeUsage, perplexity
+from vqmill.usage import MOST_STAGES, CodeUsage, perplexity
 from vqmill.verify import shard_of, verify_store
 
 
@@ -262,6 +262,19 @@ def test_a_codebook_of_four_billion_takes_no_memory(tmp_path, stores):
     found = verify_store(path)
     assert (found.problems, found.used_codes) == ((), {"codes": 4})
     assert found.perplexity["codes"] == pytest.approx(perplexity(np.array([1, 3, 1, 1])))
+
+
+@pytest.mark.parametrize(("stages", "names"), [(1, 1), (MOST_STAGES, MOST_STAGES), (MOST_STAGES + 1, 0)])
+def test_residual_stages_are_counted_each_by_itself(tmp_path, stores, stages, names):
+    spec = StoreSpec((LevelSpec("codes", 300, (stages, 2, 1), outer="depth"), LevelSpec("clip", 9, (2, 2, 2))), 2, {})
+    codes = stores.codes(spec, 5)
+    codes["codes"] = codes["codes"] // (1 + np.arange(stages)[:, None, None])  # each stage uses fewer
+    found = verify_store(stores.write(tmp_path / "codes.zarr", spec, codes))
+    assert found.problems == ()
+    expected = {f"codes/{stage}": codes["codes"][:, stage] for stage in range(names)} or {"codes": codes["codes"]}
+    expected["clip"] = codes["clip"]
+    assert found.used_codes == {name: len(np.unique(part)) for name, part in expected.items()}
+    assert found.perplexity == pytest.approx({name: perplexity(np.bincount(part.ravel())) for name, part in expected.items()})  # fmt: skip
 
 
 @pytest.mark.parametrize("size", [5, 70_000])
