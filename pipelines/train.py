@@ -160,7 +160,7 @@ def _run_on_ray(job: Job, folder: Path, tensorboard: Path | None, workers: int, 
         ctrl_c = signal.getsignal(signal.SIGINT)
         try:
             trainer.fit()
-        except SystemExit as stop:  # Ray Train's answer to Ctrl-C, with the exit code of success
+        except SystemExit as stop:  # Ray Train's answer to Ctrl-C, which says nothing
             raise KeyboardInterrupt from stop
         except Exception as error:
             _raise_stopped(folder)
