@@ -89,3 +89,19 @@ def fit_config(recipe: FitConfig, table: Mapping[str, Any], flags: Mapping[str, 
     if "warmup_steps" in table:
         return changed
     return replace(changed, warmup_steps=min(changed.warmup_steps, max(1, changed.steps // 10)))
+
+
+def shortened(steps: int, **lengths: tuple[int, int]) -> list[str]:
+    """One line about what a short run has cut, or none.
+
+    >>> shortened(50, warmup_steps=(100, 5), start_step=(4, 4))
+    ['a short run, of 50 steps: warmup_steps is 5 instead of 100 (--config can set it)']
+
+    Args:
+        steps: of the run.
+        lengths: by name of an option, what the preset has and what is taken.
+    """
+    cut = [f"{name} is {taken} instead of {usual}" for name, (usual, taken) in lengths.items() if taken < usual]
+    if not cut:
+        return []
+    return [f"a short run, of {steps} steps: {', '.join(cut)} (--config can set {'it' if len(cut) == 1 else 'them'})"]

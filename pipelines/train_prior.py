@@ -19,7 +19,7 @@ from pipelines.corpus.holdout import hash_of_key
 from pipelines.fit import Batch, FitConfig, Stream
 from pipelines.options import TENSORBOARD_FOLDER, FitFlags, choose_device
 from pipelines.outputs import RUN_FILE, OutputFolder, require_room, run_record
-from pipelines.recipes import PRIOR_RECIPES, fit_config, read_tables
+from pipelines.recipes import PRIOR_RECIPES, fit_config, read_tables, shortened
 from pipelines.results import Result, plain_console
 from pipelines.train import Task, run_job
 from pipelines.training_log import METRICS_FILE
@@ -149,7 +149,10 @@ def train_prior(
         )
     except CodesError as error:
         raise UsageError(str(error)) from error
-    fit = fit_config(PRIOR_RECIPES[preset], tables["fit"], flags.fit())
+    recipe = PRIOR_RECIPES[preset]
+    fit = fit_config(recipe, tables["fit"], flags.fit())
+    usual_warmup = tables["fit"].get("warmup_steps", recipe.warmup_steps)
+    notes = shortened(fit.steps, warmup_steps=(usual_warmup, fit.warmup_steps))
     fit.rank_batch(flags.workers)
     flags.check()
     device = choose_device(flags.device)
@@ -174,12 +177,12 @@ def train_prior(
                 for name in wanted:
                     _train_level(jobs[name], place, flags, device)
             if missing := [name for name in jobs if not _trained_file(place, name).exists()]:
-                return _unfinished(out, level, missing)
+                return _unfinished(out, notes, level, missing)
             _assemble(
                 jobs, place, {"store": str(store), "settings": settings, "workers": flags.workers, "device": device}
             )
             place.finish()
-        return _report(out, already=already)
+        return _report(out, notes, already=already)
 
 
 def _trained_file(place: OutputFolder, level: str) -> Path:
@@ -227,8 +230,9 @@ def _assemble(jobs: Mapping[str, PriorJob], place: OutputFolder, facts: Mapping[
     write_whole(place.folder / RUN_FILE, canonical_json(record))
 
 
-def _unfinished(out: Path, level: str, missing: list[str]) -> Result:
+def _unfinished(out: Path, notes: list[str], level: str, missing: list[str]) -> Result:
     lines = [
+        *notes,
         f"level {level}: trained; still to train: {', '.join(missing)}",
         f"give the same command with --level {missing[0]}, or without --level for the rest; then {out} is made",
     ]
@@ -274,9 +278,10 @@ def _baselines(codes: Codes, job: PriorJob) -> dict[str, float]:
     return {f"{name}_bits_per_code": bits for name, bits in asdict(found).items()}
 
 
-def _report(out: Path, *, already: bool) -> Result:
+def _report(out: Path, notes: list[str], *, already: bool) -> Result:
     record = json.loads((out / RUN_FILE).read_bytes())
     lines = [f"{out}: already trained with these settings; nothing to do."] if already else []
+    lines += notes
     lines.append(f"prior {record['fingerprint']}: {record['parameters']:,} parameters")
     for name in (level["name"] for level in record["settings"]["prior"]["levels"]):
         found = record["evaluation"][name]
