@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import zarr
 
-from benchmarks import corpus, entropy, loading, models, reading, scale, shuffling, training
+from benchmarks import corpus, entropy, loading, models, priors, reading, scale, shuffling, training
 from benchmarks.measure import Line
 from vqmill import native
 
@@ -33,6 +33,8 @@ SECTIONS: dict[str, Section] = {
     "search": models.search,
     "quantizer": models.quantizer,
     "training": training.training,
+    "sampling": priors.sampling,
+    "prior": priors.prior,
     "tars": corpus.tars,
     "encoding": corpus.encoding,
 }

@@ -12,7 +12,7 @@ from pathlib import Path
 from cyclopts import App
 
 import vqmill
-from pipelines.errors import RunFailed
+from pipelines.errors import Diverged, RunFailed
 from pipelines.options import Common
 from pipelines.results import FAILED, USAGE, Result, plain_console, printable
 from vqmill.errors import CodesError, UsageError
@@ -46,7 +46,13 @@ def run(common: Common, job: Callable[[], Result]) -> int:
     except UsageError as error:
         errors.print(printable(f"error: {error}"))
         return _failed(common, USAGE, str(error))
-    except (CodesError, RunFailed, OSError) as error:
+    except (
+        CodesError,
+        Diverged,
+    ) as error:  # the message says what to mend; until then the same command ends the same way
+        errors.print(printable(f"error: {error}"))
+        return _failed(common, FAILED, str(error))
+    except (RunFailed, OSError) as error:
         errors.print(printable(f"error: {error}"))
         errors.print(f"To try again: {_command()}")
         return _failed(common, FAILED, str(error))

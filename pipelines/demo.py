@@ -88,6 +88,7 @@ def _chain(work: Path, workers: int, say: Callable[[str], None]) -> Result:
         work / "prior",
         preset="pixelcnn-tiny",
         config=None,
+        level="all",
         holdout=0.05,
         flags=PRIOR_FLAGS,
     )

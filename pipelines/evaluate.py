@@ -259,8 +259,9 @@ def _measure(job: _Job) -> _Outcome:
             )
         figures = evaluation.report() | job.learned.report()  # the distance of rFID takes a while, too
     counts = Counts(encoded=done, quarantined=len(problems), skipped=sum(job.plan.skipped.values()))
+    words = job.selection.words if done != limit else f"the first {done:,} of {job.selection.words}"
     record = {
-        "corpus": job.plan.corpus, "tokenizer": job.model.fingerprint, "selection": job.selection.words,
+        "corpus": job.plan.corpus, "tokenizer": job.model.fingerprint, "selection": words,
         "holdout": fraction, "images": done, "size": job.preprocessing.size, "precision": job.options.precision,
         "figures": figures, "levels": [name.removesuffix("/perplexity") for name in figures if name.endswith("/perplexity")],
         "classes": classes.report(job.plan.class_names), "worst": _listed(gallery.worst), "best": _listed(gallery.best),

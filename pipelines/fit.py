@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.context import Context
+from pipelines.interrupts import PatientInterrupt
 from pipelines.nonfinite import BadStep, report_bad_step
 from pipelines.training_log import TrainingLog
 from pipelines.training_state import TrainingState, to_device
@@ -57,11 +58,13 @@ class FitConfig:
         warmup_steps: length of the linear rise before the cosine fall to 0.
         weight_decay: AdamW's, on tensors of two or more dimensions.
         clip_norm: the gradient's largest norm.
-        weight_ema: decay of a running average of the weights that is evaluated and kept; 0 for none.
+        weight_ema: decay of a running average of the weights that is evaluated and kept; 0 for none. A codebook of quantizer `ema` is no
+            weight: it follows the features by its own average (`ema_decay`) and is taken as it is (averaging it again measured worse).
         accumulate: micro-batches of a step.
         precision: `fp32`, or `bf16` autocast.
         validate_every: steps between evaluations; the first comes after a tenth of them (counted from the start of the codebooks).
-        save_every: steps between resume points.
+        save_every: steps between resume points. With one worker Ctrl-C makes one more, after the step in hand (pressed again it stops at
+            once); with more workers a run goes on from the last one.
         keep_best: end with the weights of the best evaluation, not the last.
         max_failures: how often Ray Train starts all workers again, from the last resume point, after one was lost; 0 for never.
         seed: of everything random.
@@ -125,7 +128,8 @@ class FitConfig:
 
 def fit(
     step: nn.Module, stream: Stream, validation: Callable[[], Iterable[Batch]], config: FitConfig, context: Context, folder: Path,
-    on_step: Callable[[int, float], None] | None = None, *, codebooks_begin: int = 0, tensorboard: Path | None = None,
+    on_step: Callable[[int, float], None] | None = None, *, before_save: Callable[[], None] | None = None, codebooks_begin: int = 0,
+    tensorboard: Path | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Trains a step and leaves its final weights in it.
 
@@ -137,6 +141,7 @@ def fit(
         context: rank, device and what ranks tell each other.
         folder: for `metrics.jsonl`, the notes, the resume point and the best weights; shared by all ranks.
         on_step: called on every rank after each step with (steps done, loss).
+        before_save: called on every rank before a resume point is written, for what must not be lost with the steps before it.
         codebooks_begin: steps before the codebooks are there; no evaluation until then can be the best.
         tensorboard: a folder for TensorBoard's event files; None writes none.
 
@@ -144,8 +149,9 @@ def fit(
         The final evaluation.
 
     Raises:
-        RunFailed: the loss or the gradient became NaN or infinite, on all ranks alike; the last resume point is kept, and
+        Diverged: the loss or the gradient became NaN or infinite, on all ranks alike; the last resume point is kept, and
             `pipelines.nonfinite` has written down what the batch was.
+        KeyboardInterrupt: Ctrl-C; alone, after the step in hand and with a resume point of it.
     """
     log = TrainingLog(folder, context.rank, config.batch_size, tensorboard)
     state = TrainingState(step, stream, config, context, folder, log, codebooks_begin)
@@ -154,19 +160,27 @@ def fit(
     batches = iter(stream)
     final: dict[str, float] = {}
     early = min(codebooks_begin + max(1, config.validate_every // EARLY_SHARE), config.steps)
-    while state.done < config.steps:
-        loss, metrics = _train_one(state, module, batches)
-        if on_step:
-            on_step(state.done, loss)
-        last = state.done == config.steps
-        if state.done % LOG_EVERY_STEPS == 0 or last:
-            figures = {name: float(value) for name, value in metrics.items()}
-            log.training({"step": state.done, **figures, "learning_rate": config.rate(state.done - 1)})
-        if state.done % config.validate_every == 0 or state.done == early or last:
-            final = state.validate(validation, warn=state.done == early > codebooks_begin)
-        if state.done % config.save_every == 0 or last:
-            state.save()
-            context.report({"step": state.done, "loss": loss, **final})
+    # Ranks cannot agree on a step to stop after: Ctrl-C reaches them at different ones, or only their driver.
+    with PatientInterrupt(wanted=context.world_size == 1) as interrupt:
+        while state.done < config.steps:
+            loss, metrics = _train_one(state, module, batches)
+            if on_step:
+                on_step(state.done, loss)
+            last = state.done == config.steps
+            if state.done % LOG_EVERY_STEPS == 0 or last:
+                figures = {name: float(value) for name, value in metrics.items()}
+                log.training({"step": state.done, **figures, "learning_rate": config.rate(state.done - 1)})
+            if state.done % config.validate_every == 0 or state.done == early or last:
+                final = state.validate(validation, warn=state.done == early > codebooks_begin)
+            stopping = interrupt.asked
+            if state.done % config.save_every == 0 or last or stopping:
+                if before_save:
+                    before_save()
+                state.save()
+                context.report({"step": state.done, "loss": loss, **final})
+            if stopping:
+                log.note(f"stopped at step {state.done}, of which there is a resume point")
+                break
     final = state.conclude(validation, final)
     log.close()
     return final

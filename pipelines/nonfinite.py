@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pipelines.context import Context
-from pipelines.errors import RunFailed
+from pipelines.errors import Diverged
 from pipelines.pictures import good_scale, image_grid, save_picture
 from tokenizer.losses import to_bytes
 from vqmill.checkpoint import save_checkpoint
@@ -55,7 +55,7 @@ def report_bad_step(bad: BadStep, step: nn.Module, precision: str, context: Cont
     each time).
 
     Raises:
-        RunFailed: always.
+        Diverged: always.
     """
     micro = _look_again(bad, step, precision, context.device)
     guilty = [rank for rank, found in enumerate(context.collect(any(map(_is_bad, micro)))) if found]
@@ -87,7 +87,7 @@ def report_bad_step(bad: BadStep, step: nn.Module, precision: str, context: Cont
     what = "loss" if not math.isfinite(bad.loss) else "gradient norm"
     value = bad.loss if what == "loss" else bad.gradient_norm
     ranks = f"rank {', '.join(map(str, guilty))}" if guilty else "no rank alone"
-    raise RunFailed(
+    raise Diverged(
         f"the {what} is {value} at step {bad.number} (learning rate {bad.learning_rate:.3g}), from {ranks}. See in {folder}: "
         f"{', '.join(files)}, which say what was in the batch and which gradients broke. If the batch is at fault, mend or remove "
         "its samples; if not, use a smaller --learning-rate, or --precision fp32. Then train with another --out. No weight was "

@@ -28,20 +28,16 @@ TOKENIZER_RECIPES = {
     "video_stacked_13m": FitConfig(steps=160000, batch_size=24, learning_rate=1e-4),
     "video_stacked_small": FitConfig(steps=3000, batch_size=16, learning_rate=1e-3),
 }
+_PRIOR = FitConfig(steps=2000, batch_size=64, learning_rate=2e-3, weight_ema=0.995, weight_decay=0.01, keep_best=True)
+_LARGE_PRIOR = replace(_PRIOR, steps=40_000, batch_size=128, learning_rate=5e-4, warmup_steps=1000, weight_ema=0.9999)
 PRIOR_RECIPES = {
     "pixelcnn-tiny": FitConfig(steps=400, batch_size=32, learning_rate=6e-3, warmup_steps=20, weight_ema=0.98),
-    "pixelcnn": FitConfig(
-        steps=2000, batch_size=64, learning_rate=2e-3, weight_ema=0.995, weight_decay=0.01, keep_best=True
-    ),
-    "pixelcnn-large": FitConfig(
-        steps=40000,
-        batch_size=128,
-        learning_rate=5e-4,
-        warmup_steps=1000,
-        weight_ema=0.9999,
-        weight_decay=0.01,
-        keep_best=True,
-    ),
+    "pixelcnn": _PRIOR,
+    "pixelcnn-large": _LARGE_PRIOR,
+    "razavi": replace(_LARGE_PRIOR, learning_rate=2e-4),
+    "gpt-tiny": FitConfig(steps=400, batch_size=32, learning_rate=3e-3, warmup_steps=20, weight_ema=0.98),
+    "gpt": replace(_PRIOR, learning_rate=1e-3),
+    "gpt-large": _LARGE_PRIOR,
 }
 
 
@@ -93,3 +89,19 @@ def fit_config(recipe: FitConfig, table: Mapping[str, Any], flags: Mapping[str, 
     if "warmup_steps" in table:
         return changed
     return replace(changed, warmup_steps=min(changed.warmup_steps, max(1, changed.steps // 10)))
+
+
+def shortened(steps: int, **lengths: tuple[int, int]) -> list[str]:
+    """One line about what a short run has cut, or none.
+
+    >>> shortened(50, warmup_steps=(100, 5), start_step=(4, 4))
+    ['a short run, of 50 steps: warmup_steps is 5 instead of 100 (--config can set it)']
+
+    Args:
+        steps: of the run.
+        lengths: by name of an option, what the preset has and what is taken.
+    """
+    cut = [f"{name} is {taken} instead of {usual}" for name, (usual, taken) in lengths.items() if taken < usual]
+    if not cut:
+        return []
+    return [f"a short run, of {steps} steps: {', '.join(cut)} (--config can set {'it' if len(cut) == 1 else 'them'})"]

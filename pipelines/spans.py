@@ -12,6 +12,7 @@ from pipelines.corpus.plan import InputShard
 from pipelines.encoder import SPAN_SAMPLES
 from pipelines.errors import RunFailed
 from vqmill.commits import Cursor
+from vqmill.errors import CodesError
 
 WINDOW = 4  # input shards in flight for each actor: bounds what waits for its turn
 MAX_WAITING_SPANS = 64  # of an input shard whose turn has not come; beyond, its actor is left to wait
@@ -156,9 +157,8 @@ class _Range:
                 self.idle.append(task.actor)
             except RayTaskError as error:
                 name = self.shards[task.unit].name
-                raise RunFailed(
-                    f"input shard {name} (number {task.unit}): the encoder failed: {error.cause!r}"
-                ) from error
+                kind = CodesError if isinstance(error.cause, CodesError) else RunFailed  # it would come again
+                raise kind(f"input shard {name} (number {task.unit}): the encoder failed: {error.cause!r}") from error
             except RayError as error:
                 del self.running[stream]
                 self._bury(task, error)

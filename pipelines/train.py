@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from pipelines.cluster import ray_cluster
 from pipelines.context import Context, LocalContext, RankContext
-from pipelines.errors import RunFailed
+from pipelines.errors import Diverged, RunFailed
 from pipelines.fit import Batch, FitConfig, Stream, fit
 from pipelines.precision import exact_float32
 from pipelines.progress import Meter, meter
@@ -31,7 +32,7 @@ from vqmill.files import write_whole
 FINAL_FILE = "final.safetensors"
 ATTEMPTS_FILE = "attempts"  # a byte for each time that Ray started the ranks
 STOPPED_FILES = "stopped-*.json"  # why a rank stopped, when starting it again would end the same way
-FAILURES = {kind.__name__: kind for kind in (UsageError, CodesError, RunFailed)}
+FAILURES = {kind.__name__: kind for kind in (UsageError, CodesError, Diverged, RunFailed)}
 POLL_SECONDS = 0.5
 TAIL_BYTES = 8192  # of the metrics file, which holds some lines of every kind
 
@@ -88,7 +89,8 @@ def run_job(
     Raises:
         UsageError: the batch cannot be shared out among the workers.
         CodesError: the data cannot be read; on Ray too it is raised as it was, and not tried again.
-        RunFailed: the loss was not finite, or workers failed more often than `max_failures`.
+        Diverged: the loss was not finite.
+        RunFailed: workers failed more often than `max_failures`.
     """
     job.fit.rank_batch(workers)
     if not (folder / FINAL_FILE).exists():
@@ -117,17 +119,14 @@ def _run_rank(
     record = folder / f"quarantined-{context.rank:05d}.json"
     before: dict[str, dict[str, str]] = json.loads(record.read_bytes()) if record.exists() else {}
 
-    def after_step(done: int, loss: float) -> None:
-        if done % job.fit.save_every == 0 or done == job.fit.steps:
-            everything = before | job.quarantined(task.stream)
-            write_whole(record, json.dumps(everything, ensure_ascii=False, indent=1).encode())
-        if on_step:
-            on_step(done, loss)
+    def write_quarantined() -> None:
+        everything = before | job.quarantined(task.stream)
+        write_whole(record, json.dumps(everything, ensure_ascii=False, indent=1).encode())
 
     step = task.step.to(context.device, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue] - faster convolutions, on CPUs too
     evaluation = fit(
-        step, task.stream, task.validation, job.fit, context, folder, after_step,
-        codebooks_begin=task.codebooks_begin, tensorboard=tensorboard,
+        step, task.stream, task.validation, job.fit, context, folder, on_step,
+        before_save=write_quarantined, codebooks_begin=task.codebooks_begin, tensorboard=tensorboard,
     )  # fmt: skip
     if context.rank == 0:
         save_checkpoint(folder / FINAL_FILE, step.state_dict(), {"evaluation": evaluation})
@@ -158,14 +157,20 @@ def _run_on_ray(job: Job, folder: Path, tensorboard: Path | None, workers: int, 
                 failure_config=FailureConfig(max_failures=job.fit.max_failures),
             ),
         )
+        ctrl_c = signal.getsignal(signal.SIGINT)
         try:
             trainer.fit()
+        except SystemExit as stop:  # Ray Train's answer to Ctrl-C, which says nothing
+            raise KeyboardInterrupt from stop
         except Exception as error:
             _raise_stopped(folder)
             raise RunFailed(
                 f"a training worker failed, and max_failures in [fit] is {job.fit.max_failures}: {error}\n"
                 "Run the same command again to go on from the last resume point."
             ) from error
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, ctrl_c)  # Ray Train leaves its own, which swallows it
         _raise_stopped(folder)
 
 

@@ -19,17 +19,21 @@ from pipelines.corpus.holdout import hash_of_key
 from pipelines.fit import Batch, FitConfig, Stream
 from pipelines.options import TENSORBOARD_FOLDER, FitFlags, choose_device
 from pipelines.outputs import RUN_FILE, OutputFolder, require_room, run_record
-from pipelines.recipes import PRIOR_RECIPES, fit_config, read_tables
-from pipelines.results import Result
+from pipelines.recipes import PRIOR_RECIPES, fit_config, read_tables, shortened
+from pipelines.results import Result, plain_console
 from pipelines.train import Task, run_job
 from pipelines.training_log import METRICS_FILE
 from vqmill import Codes, open_codes
+from vqmill.checkpoint import load_checkpoint, save_checkpoint
 from vqmill.commits import Counts
 from vqmill.errors import CodesError, UsageError
 from vqmill.files import canonical_json, write_whole
 from vqmill.loader import CodeBatches
+from vqmill.settings import did_you_mean
 
 EVALUATION_LIMIT = 4096  # held-out samples that an evaluation looks at
+ALL_LEVELS = "all"
+POOR_SHARE = 0.25  # of the bits of a code that is used evenly; with fewer a prior is hardly worth training
 BASELINE_CODES = 4_000_000  # of training; more would not move the figures, and take gigabytes
 
 
@@ -126,13 +130,18 @@ def evenly(rows: np.ndarray[Any, Any], limit: int) -> np.ndarray[Any, Any]:
     return rows if len(rows) <= limit else rows[np.linspace(0, len(rows) - 1, limit).astype(np.int64)]
 
 
-def train_prior(store: Path, out: Path, *, preset: str, config: Path | None, holdout: float, flags: FitFlags) -> Result:
+def train_prior(
+    store: Path, out: Path, *, preset: str, config: Path | None, level: str, holdout: float, flags: FitFlags
+) -> Result:
     """Runs the command; see `vqmill train-prior --help`."""
     tables = read_tables(config, ("prior", "fit"))
     if not 0 < holdout < 1:
         raise UsageError(f"--holdout must lie between 0 and 1, got {holdout}.")
     codes = open_codes(store)
     shapes = level_shapes(codes)
+    if level not in (ALL_LEVELS, *codes.levels):
+        known = (*codes.levels, ALL_LEVELS)
+        raise UsageError(f"--level {level}: expected {', '.join(known)}.{did_you_mean(level, known)}")
     split_rows(codes, holdout)
     try:
         prior_config = priors.preset_config(
@@ -140,7 +149,10 @@ def train_prior(store: Path, out: Path, *, preset: str, config: Path | None, hol
         )
     except CodesError as error:
         raise UsageError(str(error)) from error
-    fit = fit_config(PRIOR_RECIPES[preset], tables["fit"], flags.fit())
+    recipe = PRIOR_RECIPES[preset]
+    fit = fit_config(recipe, tables["fit"], flags.fit())
+    usual_warmup = tables["fit"].get("warmup_steps", recipe.warmup_steps)
+    notes = shortened(fit.steps, warmup_steps=(usual_warmup, fit.warmup_steps))
     fit.rank_batch(flags.workers)
     flags.check()
     device = choose_device(flags.device)
@@ -154,36 +166,77 @@ def train_prior(store: Path, out: Path, *, preset: str, config: Path | None, hol
     }
     with torch.device("meta"):
         require_room(out, 8 * 4 * priors.Prior(prior_config).num_parameters)
+    jobs = {name: PriorJob(store.absolute(), name, prior_config, fit, holdout) for name in codes.levels}
     with OutputFolder(out, settings) as place:
-        if not place.finished:
-            torch.manual_seed(fit.seed)
-            prior = priors.Prior(prior_config).eval()
-            jobs = [PriorJob(store.absolute(), name, prior_config, fit, holdout) for name in codes.levels]
-            with ray_cluster(flags.workers, device) if flags.workers > 1 else nullcontext():  # one Ray for all levels
-                report = {job.level: _train_level(job, prior, place, flags, device) for job in jobs}
-            priors.save(prior, place.folder)
-            record = run_record(
-                store=str(store), settings=settings, workers=flags.workers, device=device, fingerprint=prior.fingerprint,
-                parameters=prior.num_parameters, evaluation=report, rows=len(codes),
-            )  # fmt: skip
-            write_whole(place.folder / RUN_FILE, canonical_json(record))
+        already = place.finished
+        if not already:
+            wanted = [name for name in jobs if level in (ALL_LEVELS, name) and not _trained_file(place, name).exists()]
+            with (
+                ray_cluster(flags.workers, device) if flags.workers > 1 and wanted else nullcontext()
+            ):  # one Ray for all
+                for name in wanted:
+                    _train_level(jobs[name], place, flags, device)
+            if missing := [name for name in jobs if not _trained_file(place, name).exists()]:
+                return _unfinished(out, notes, level, missing)
+            _assemble(
+                jobs, place, {"store": str(store), "settings": settings, "workers": flags.workers, "device": device}
+            )
             place.finish()
-        return _report(out, already=place.finished)
+        return _report(out, notes, already=already)
 
 
-def _train_level(
-    job: PriorJob, prior: priors.Prior, place: OutputFolder, flags: FitFlags, device: str
-) -> dict[str, float]:
-    """Trains one level and puts its network into the prior; gives its evaluation with the baselines beside it."""
+def _trained_file(place: OutputFolder, level: str) -> Path:
+    return place.work / level / "trained.safetensors"
+
+
+def _train_level(job: PriorJob, place: OutputFolder, flags: FitFlags, device: str) -> None:
+    """Trains one level, and keeps its weights and its evaluation with the baselines beside it."""
     work = place.work / job.level
     work.mkdir(exist_ok=True)
+    crude = _baselines(open_codes(job.store), job)
+    if crude["unigram_bits_per_code"] < POOR_SHARE * crude["uniform_bits_per_code"]:
+        plain_console(stderr=True).print(_poor(job.level, crude))
     trained = run_job(
         job, work, workers=flags.workers, device=device, title=f"training the prior: {job.level}",
         tensorboard=place.folder / TENSORBOARD_FOLDER / job.level if flags.tensorboard else None,
     )  # fmt: skip
-    priors.PriorStep(prior, job.level).load_state_dict(trained.tensors)
     write_whole(place.folder / f"metrics-{job.level}.jsonl", (work / METRICS_FILE).read_bytes())
-    return trained.evaluation | _baselines(open_codes(job.store), job)
+    save_checkpoint(_trained_file(place, job.level), trained.tensors, {"evaluation": trained.evaluation | crude})
+
+
+def _poor(level: str, crude: Mapping[str, float]) -> str:
+    return (
+        f"level {level}: its codes carry {crude['unigram_bits_per_code']:.2f} of {crude['uniform_bits_per_code']:.2f} bits by their "
+        "frequencies alone, so there is little that a prior could learn. Is the codebook used? See: vqmill inspect STORE"
+    )
+
+
+def _assemble(jobs: Mapping[str, PriorJob], place: OutputFolder, facts: Mapping[str, Any]) -> None:
+    """Puts the networks of all levels together, and writes the prior and the record of its making."""
+    prior = priors.Prior(next(iter(jobs.values())).config).eval()
+    report = {}
+    for name in jobs:
+        tensors, metadata = load_checkpoint(_trained_file(place, name))
+        priors.PriorStep(prior, name).load_state_dict(tensors)
+        report[name] = metadata["evaluation"]
+    priors.save(prior, place.folder)
+    record = run_record(
+        fingerprint=prior.fingerprint,
+        parameters=prior.num_parameters,
+        evaluation=report,
+        rows=facts["settings"]["rows"],
+        **facts,
+    )
+    write_whole(place.folder / RUN_FILE, canonical_json(record))
+
+
+def _unfinished(out: Path, notes: list[str], level: str, missing: list[str]) -> Result:
+    lines = [
+        *notes,
+        f"level {level}: trained; still to train: {', '.join(missing)}",
+        f"give the same command with --level {missing[0]}, or without --level for the rest; then {out} is made",
+    ]
+    return Result(lines, Counts(), 0, {"out": str(out), "trained": level, "missing": missing})
 
 
 def level_shapes(codes: Codes) -> list[priors.LevelShape]:
@@ -225,9 +278,10 @@ def _baselines(codes: Codes, job: PriorJob) -> dict[str, float]:
     return {f"{name}_bits_per_code": bits for name, bits in asdict(found).items()}
 
 
-def _report(out: Path, *, already: bool) -> Result:
+def _report(out: Path, notes: list[str], *, already: bool) -> Result:
     record = json.loads((out / RUN_FILE).read_bytes())
     lines = [f"{out}: already trained with these settings; nothing to do."] if already else []
+    lines += notes
     lines.append(f"prior {record['fingerprint']}: {record['parameters']:,} parameters")
     for name in (level["name"] for level in record["settings"]["prior"]["levels"]):
         found = record["evaluation"][name]

@@ -24,7 +24,7 @@ from pipelines.options import TENSORBOARD_FOLDER, FitFlags, choose_device
 from pipelines.outputs import RUN_FILE, OutputFolder, refuse_inside, require_room, run_record
 from pipelines.pictures import Panel, code_panels, good_scale, save_picture, side_by_side
 from pipelines.planning import planned
-from pipelines.recipes import TOKENIZER_RECIPES, fit_config, read_tables
+from pipelines.recipes import TOKENIZER_RECIPES, fit_config, read_tables, shortened
 from pipelines.results import Result
 from pipelines.train import Task, run_job
 from pipelines.training_log import METRICS_FILE
@@ -92,7 +92,7 @@ def train_tokenizer(
 ) -> Result:
     """Runs the command; see `vqmill train-tokenizer --help`."""
     refuse_inside(out, corpus)
-    job, device = _plan_job(corpus, preset=preset, config=config, size=size, holdout=holdout, flags=flags)
+    job, device, notes = _plan_job(corpus, preset=preset, config=config, size=size, holdout=holdout, flags=flags)
     settings = {
         "command": "train-tokenizer",
         "plan": job.plan.digest,
@@ -126,18 +126,20 @@ def train_tokenizer(
             write_whole(place.folder / RUN_FILE, canonical_json(record))
             write_whole(place.folder / METRICS_FILE, (place.work / METRICS_FILE).read_bytes())
             place.finish()
-        return _report(out, already=place.finished)
+        return _report(out, notes, already=place.finished)
 
 
 def _plan_job(
     corpus: str, *, preset: str, config: Path | None, size: int | None, holdout: float, flags: FitFlags
-) -> tuple[TokenizerJob, str]:
+) -> tuple[TokenizerJob, str, list[str]]:
+    """The job, the device, and what is to be said about a short run."""
     tables = read_tables(config, ("tokenizer", "fit"))
     overrides = tables["tokenizer"] | ({"size": size} if size is not None else {})
     model_config = _checked_config(preset, overrides)
     if not 0 < holdout < 1:
         raise UsageError(f"--holdout must lie between 0 and 1, got {holdout}.")
-    fit = fit_config(TOKENIZER_RECIPES[preset], tables["fit"], flags.fit())
+    recipe = TOKENIZER_RECIPES[preset]
+    fit = fit_config(recipe, tables["fit"], flags.fit())
     fit.rank_batch(flags.workers)
     flags.check()
     if model_config.frames > 1:
@@ -145,6 +147,7 @@ def _plan_job(
             f"--preset {preset} codes clips of {model_config.frames} frames, and training reads images only so far."
         )
     # a short run must not end before its codebooks have begun
+    usual_start = model_config.first_update
     if model_config.first_update and "start_step" not in overrides:
         model_config = _checked_config(
             preset, overrides | {"start_step": max(1, min(model_config.start_step, fit.steps // 8))}
@@ -154,7 +157,12 @@ def _plan_job(
         raise UsageError(
             f"[tokenizer] start_step {model_config.start_step}: with --steps {fit.steps} the codebooks would never begin. Take fewer, a quarter at most."
         )
-    return TokenizerJob(planned(corpus), model_config, fit, Augmentation(), holdout), device
+    notes = shortened(
+        fit.steps,
+        warmup_steps=(tables["fit"].get("warmup_steps", recipe.warmup_steps), fit.warmup_steps),
+        start_step=(usual_start, model_config.first_update),
+    )
+    return TokenizerJob(planned(corpus), model_config, fit, Augmentation(), holdout), device, notes
 
 
 def _checked_config(preset: str, overrides: dict[str, Any]) -> tokenizer.TokenizerConfig:
@@ -210,12 +218,13 @@ def _rows(problems: Mapping[str, Problem]) -> dict[str, dict[str, str]]:
     return {key: {"reason": str(problem.reason), "detail": problem.detail} for key, problem in problems.items()}
 
 
-def _report(out: Path, *, already: bool) -> Result:
+def _report(out: Path, notes: list[str], *, already: bool) -> Result:
     """What the run's own record says, so that a repeated command says the same."""
     record = json.loads((out / RUN_FILE).read_bytes())
     evaluation = record["evaluation"]
     counts = Counts(**record["counts"])
     lines = [f"{out}: already trained with these settings; nothing to do."] if already else []
+    lines += notes
     lines.append(
         f"tokenizer {record['fingerprint']}: {record['parameters']:,} parameters; held out: normalised MSE {evaluation['nmse']:.4f}, "
         f"PSNR {evaluation['psnr']:.2f} dB"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
@@ -57,10 +57,12 @@ def test_the_command_reference_is_what_help_says() -> None:
 
 def test_the_configuration_page_knows_every_field() -> None:
     text = (ROOT / "docs" / "configuration.md").read_text()
-    given_by_the_store = {"preset", "levels", "num_classes", "tokenizer_fingerprint"}
-    for config in (tokenizer.TokenizerConfig, priors.PriorConfig, FitConfig):
+    for config in (tokenizer.TokenizerConfig, priors.PixelCNNConfig, priors.GPTConfig, FitConfig):
         for field in fields(config):
-            assert field.name in given_by_the_store or f"| `{field.name}` |" in text
+            default = "" if field.default is MISSING else f"`{field.default}`"
+            if config is not tokenizer.TokenizerConfig:
+                assert f"| `{field.name}` | {default} |" in text
+            assert field.name == "preset" or f"| `{field.name}` |" in text
 
 
 def test_links_lead_somewhere() -> None:

@@ -53,6 +53,6 @@ def from_preset(name: str, **overrides: Any) -> Tokenizer:
         overrides: other values for fields of `TokenizerConfig`, such as `codebook_size=1024`.
 
     Raises:
-        CodesError: unknown preset or field (the nearest name is suggested), or a value out of its range.
+        CodesError: see `preset_config`.
     """
     return Tokenizer(preset_config(name, **overrides))

@@ -51,9 +51,10 @@ class TokenizerConfig:
             revive_after updates; unixpickle) or `none`.
         revive_fraction: see revival, in [0, 1).
         revive_after: see revival, in updates (100 in unixpickle).
-        pool_size: encoder outputs that each micro-batch offers for the first codebook and for revivals (ours, measured).
+        pool_size: encoder outputs that each micro-batch offers for the `kmeans` start and for revivals (ours, measured).
         commitment_cost: beta, the weight of the commitment loss (0.25 in both papers).
-        ema_decay: what an update keeps of the codebook statistics, in [0, 1) (0.99 in both).
+        ema_decay: what an update keeps of the codebook statistics, in [0, 1) (0.99 in both); `gradient`: of how often codes are used, by
+            which `rare` revives them and the finished codebook is sorted.
         loss: of the reconstruction: `mse` (over the variance of the data), `l1` (over its standard deviation) or `log_laplace` (Ramesh et
             al. 2021, appendix A.3: the decoder gives a scale beside each pixel).
         pixel_range: low and high, what black and white are inside the networks. Images are converted on their way in and out, so that
@@ -154,7 +155,9 @@ class TokenizerConfig:
             )
         if self.quantizer != "fsq":
             if levels:
-                raise CodesError(f"fsq_levels: only for quantizer = 'fsq', which is {self.quantizer!r}.")
+                raise CodesError(
+                    f"fsq_levels: only for quantizer = 'fsq', which is {self.quantizer!r}. Set them to []."
+                )
             return
         if not levels:
             raise CodesError("fsq_levels: quantizer = 'fsq' needs them, for example [8, 5, 5, 5] for 1,000 codes.")

@@ -6,6 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 from tokenizer.config import TokenizerConfig
+from tokenizer.rules import refuse_unread
 from vqmill.errors import CodesError
 from vqmill.settings import did_you_mean
 
@@ -49,7 +50,8 @@ def preset_config(name: str, **overrides: Any) -> TokenizerConfig:
     """The configuration of a preset; `overrides` are other values for fields of `TokenizerConfig`.
 
     Raises:
-        CodesError: unknown preset or field (the nearest name is suggested), or a value out of its range.
+        CodesError: unknown preset or field (the nearest name is suggested), a value out of its range, or one that nothing reads
+            beside the others (see `tokenizer.rules`).
     """
     if name not in PRESETS:
         raise CodesError(
@@ -61,4 +63,6 @@ def preset_config(name: str, **overrides: Any) -> TokenizerConfig:
             raise CodesError(
                 f"tokenizer option '{key}': expected one of {', '.join(adjustable)}.{did_you_mean(key, adjustable)}"
             )
-    return TokenizerConfig(**{"preset": name, **PRESETS[name], **overrides})
+    config = TokenizerConfig(**{"preset": name, **PRESETS[name], **overrides})
+    refuse_unread(config, overrides)
+    return config

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,7 @@ def test_tensorboard_events_lie_beside_the_metrics(
 @pytest.mark.usefixtures("ray_session")
 def test_two_workers_train_on_ray(scenes: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(scenes, tmp_path / "tok", "--workers", "2", "--json") == 0
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "Ray Train has a handler of its own"
     both = last_json(capsys)
     assert train(scenes, tmp_path / "alone", "--json") == 0
     alone = last_json(capsys)

@@ -82,12 +82,14 @@ def test_by_default_it_looks_at_what_training_held_out(
 @pytest.mark.parametrize(
     ("words", "images", "said"),
     [
-        (("--all",), 300, "all images, most of which it was trained on"),
-        (("--all", "--limit", "7"), 7, "all images"),
+        (("--all",), 300, "looked at: all images, most of which it was trained on"),
+        (("--all", "--limit", "7"), 7, "looked at: the first 7 of all images, most of which it was trained on"),
+        (("--limit", "7"), 7, "looked at: the first 7 of the hold-out of 0.2 that training left out"),
+        (("--all", "--limit", "301"), 300, "looked at: all images, most of which it was trained on"),
         (("--holdout", "0.1"), None, "none of which it was trained on"),
         (("--holdout", "0.5"), None, "more than the 0.2 that training left out"),
     ],
-    ids=["all", "limit", "less", "more"],
+    ids=["all", "limit", "limit of the hold-out", "limit beyond the end", "less", "more"],
 )
 def test_the_user_may_choose(
     trained: Path,

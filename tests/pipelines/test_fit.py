@@ -279,6 +279,23 @@ def test_replaced_rows_are_forgotten(tmp_path: Path) -> None:
     assert not torch.equal(step.codebook[0], saved["step.codebook"][0]), "and goes on elsewhere"
 
 
+def test_weights_are_averaged_and_codebooks_that_follow_by_themselves_are_not(tmp_path: Path) -> None:
+    class Following(LinearStep):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("codebook", torch.zeros(3, 2))
+
+        def update(self, *args: Any) -> dict[str, Tensor]:
+            self.codebook += 1
+            return super().update(*args)
+
+    step = Following()
+    fit(step, Numbers(), validation, replace(CONFIG, weight_ema=0.9), LocalContext(torch.device("cpu")), tmp_path)
+    live = load_checkpoint(tmp_path / "resume.safetensors")[0]
+    assert not torch.equal(step.linear.weight, live["step.linear.weight"])
+    assert torch.equal(step.codebook, torch.full((3, 2), 12.0))
+
+
 @pytest.mark.parametrize("from_the_start", [True, False])
 def test_tensorboard_has_the_same_points_once(tmp_path: Path, from_the_start: bool) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from pipelines.context import LocalContext
-from pipelines.errors import RunFailed
+from pipelines.errors import Diverged
 from pipelines.fit import FitConfig, fit
 from vqmill.checkpoint import load_checkpoint
 from vqmill.step import StepOutput
@@ -77,7 +77,7 @@ def run(folder: Path, stream: Images, step: Brightness, seen: list[float]) -> No
 def test_the_batch_is_written_down(tmp_path: Path, pixel: float) -> None:
     step, seen = Brightness(), []
     with pytest.raises(
-        RunFailed, match=r"the loss is (nan|inf) at step 4 .* from rank 0.*nonfinite\.json, nonfinite\.safetensors"
+        Diverged, match=r"the loss is (nan|inf) at step 4 .* from rank 0.*nonfinite\.json, nonfinite\.safetensors"
     ) as failed:
         run(tmp_path, Images(pixel), step, seen)
     assert str(tmp_path) in str(failed.value)
@@ -110,7 +110,7 @@ def test_the_batch_is_written_down(tmp_path: Path, pixel: float) -> None:
 
 def test_a_gradient_stops_it_too(tmp_path: Path) -> None:
     step, seen = Brightness(), []
-    with pytest.raises(RunFailed, match="the gradient norm is inf at step 4"):
+    with pytest.raises(Diverged, match="the gradient norm is inf at step 4"):
         run(tmp_path, Images(steep=True), step, seen)
     assert (step.mean.item(), step.root.item()) == (seen[-1], 0.0)
     report = json.loads((tmp_path / "nonfinite.json").read_bytes())
@@ -120,7 +120,7 @@ def test_a_gradient_stops_it_too(tmp_path: Path) -> None:
 
 def test_a_loss_is_looked_at_as_it_was_drawn(tmp_path: Path) -> None:
     """Dropout is drawn again from the same seed: the losses of the report are those of the run."""
-    with pytest.raises(RunFailed):
+    with pytest.raises(Diverged):
         run(tmp_path, Images(steep=True), Brightness(), [])
     report = json.loads((tmp_path / "nonfinite.json").read_bytes())
     assert report["loss"] == pytest.approx(sum(micro["loss"] for micro in report["micro_batches"]) / 2, rel=1e-6)

@@ -12,7 +12,7 @@ import torch
 
 from pipelines import train
 from pipelines.context import LocalContext
-from pipelines.errors import RunFailed
+from pipelines.errors import Diverged, RunFailed
 from pipelines.fit import fit
 from pipelines.training_log import METRICS_FILE, NOTES_FILE
 from pipelines.training_state import RESUME_FILE
@@ -104,7 +104,7 @@ def test_a_lost_rank_is_started_again_and_the_result_is_the_same(uninterrupted: 
     assert not (uninterrupted / NOTES_FILE).exists()
 
 
-@pytest.mark.parametrize("kind", [CodesError, UsageError, RunFailed])
+@pytest.mark.parametrize("kind", [CodesError, UsageError, Diverged, RunFailed])
 def test_a_failure_that_would_come_again_is_not_tried_again(tmp_path: Path, kind: type[Exception]) -> None:
     tried = []
 
@@ -112,7 +112,7 @@ def test_a_failure_that_would_come_again_is_not_tried_again(tmp_path: Path, kind
         tried.append(1)
         raise kind("the reason")
 
-    if kind is RunFailed:  # all ranks raise it together: no need for Ray to end them
+    if issubclass(kind, RunFailed):  # all ranks raise it together: no need for Ray to end them
         train._unless_stopped(tmp_path, 1, run)
     else:
         with pytest.raises(kind):

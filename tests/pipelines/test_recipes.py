@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
-from pipelines.recipes import TOKENIZER_RECIPES, fit_config, read_tables
+from pipelines.fit import FitConfig
+from pipelines.recipes import PRIOR_RECIPES, TOKENIZER_RECIPES, fit_config, read_tables, shortened
 from vqmill.errors import UsageError
 
 RECIPE = TOKENIZER_RECIPES["rgb32"]
@@ -24,6 +26,13 @@ def test_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path: Path) ->
 def test_short_runs_warm_up_shortly() -> None:
     assert fit_config(RECIPE, {}, {"steps": 50}).warmup_steps == 5
     assert fit_config(RECIPE, {"warmup_steps": 20}, {"steps": 50}).warmup_steps == 20
+
+
+def test_what_a_short_run_has_cut_is_told_in_one_line() -> None:
+    assert shortened(50, warmup_steps=(100, 5), start_step=(50, 6)) == [
+        "a short run, of 50 steps: warmup_steps is 5 instead of 100, start_step is 6 instead of 50 (--config can set them)"
+    ]
+    assert shortened(50, warmup_steps=(5, 5), start_step=(0, 0)) == []
 
 
 @pytest.mark.parametrize(
@@ -54,3 +63,21 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
 def test_bad_keys_and_values_are_refused(table: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         fit_config(RECIPE, table, {})
+
+
+def test_the_configuration_page_has_every_recipe_and_default() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text()
+    table = page.partition("Where a preset says otherwise:\n\n")[2].partition("\n\n")[0].splitlines()
+    names = [name.strip() for name in table[0].strip("|").split("|")][1:]
+    recipes = TOKENIZER_RECIPES | PRIOR_RECIPES
+    rows = [
+        f"| `{preset}` | {' | '.join(str(getattr(fit, name)) for name in names)} |" for preset, fit in recipes.items()
+    ]
+    assert [line for line in table[2:] if line] == rows
+    for field in fields(FitConfig):
+        if field.name in names[:3]:
+            assert f"| `{field.name}` |  |" in page, "each recipe has its own"
+            continue
+        assert f"| `{field.name}` | `{field.default}` |" in page
+        said_below = field.name in names
+        assert said_below or all(getattr(fit, field.name) == field.default for fit in recipes.values()), field.name

@@ -1,16 +1,29 @@
-"""The command `train-prior` refuses codes that no prior models, before it reads any."""
+"""The commands `train-prior` and `sample`: what they refuse, levels by themselves, completions."""
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
+import priors
 from pipelines.cli import app
+from vqmill import open_codes
 from vqmill.spec import LevelSpec
+
+FLAGS = ("--preset", "pixelcnn-tiny", "--steps", "6")
+
+
+def run(*arguments: object) -> int:
+    return app([str(argument) for argument in arguments])
 
 
 @pytest.mark.parametrize(
@@ -38,3 +51,105 @@ def test_grids_of_other_axes_are_refused_first(
     assert app(["train-prior", str(store), "--out", str(out), "--preset", "pixelcnn-tiny"]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("prior*"))
+
+
+def test_levels_by_themselves_give_the_same_prior(
+    make_store: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], no_fsync: None
+) -> None:
+    store = make_store(tmp_path / "codes.zarr", 40)
+    assert run("train-prior", store, "--out", tmp_path / "all", *FLAGS) == 0
+    out = tmp_path / "each"
+    assert run("train-prior", store, "--out", out, "--level", "bottom", *FLAGS) == 0
+    printed = capsys.readouterr().out
+    assert "still to train: top" in printed
+    assert "--level top" in printed
+    assert not out.exists()
+    assert run("train-prior", store, "--out", out, "--level", "bottom", *FLAGS) == 0, "again is no harm"
+    assert run("train-prior", store, "--out", out, "--level", "top", *FLAGS) == 0
+    whole, parts = (json.loads((tmp_path / name / "run.json").read_bytes()) for name in ("all", "each"))
+    assert whole["fingerprint"] == parts["fingerprint"]
+    assert whole["evaluation"] == parts["evaluation"]
+    assert run("train-prior", store, "--out", tmp_path / "x", "--level", "botom", *FLAGS) == 2
+    assert "--level botom: expected top, bottom, all. Did you mean 'bottom'?" in capsys.readouterr().err
+
+
+def test_codes_that_say_little_are_warned_of(
+    stores: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], no_fsync: None
+) -> None:
+    codes = stores.codes(stores.two_levels, 40)
+    codes["top"][:] = codes["top"][:] % 50 == 0  # nearly always 0
+    store = stores.write(tmp_path / "codes.zarr", stores.two_levels, codes)
+    assert run("train-prior", store, "--out", tmp_path / "prior", *FLAGS) == 0
+    warned = [
+        line for line in capsys.readouterr().err.splitlines() if "there is little that a prior could learn" in line
+    ]
+    assert len(warned) == 1
+    assert warned[0].startswith("level top: its codes carry 1.")  # smoothed, on few codes
+
+
+@pytest.fixture(scope="session")
+def trained(reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A prior over the codes of `reference`, trained for a few steps, with labels hidden now and then."""
+    out = tmp_path_factory.mktemp("prior") / "prior"
+    assert run("train-prior", reference, "--out", out, *FLAGS) == 0
+    return out
+
+
+def test_completions_keep_the_upper_part(
+    trained: Path, reference: Path, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    command = ("sample", trained, "--tokenizer", tokenizer_folder, "--complete", reference)
+    assert (
+        run(*command, "--rows", "3:7", "--keep", "0.5", "--codes", tmp_path / "s.zarr", "--out", tmp_path / "s.png")
+        == 0
+    )
+    whole, found = open_codes(reference), open_codes(tmp_path / "s.zarr")
+    assert len(found) == 4
+    for level in whole.levels:
+        kept = whole[level].shape[1] // 2
+        assert np.array_equal(found[level][:, :kept], whole[level][3:7, :kept])
+    assert not np.array_equal(found["bottom"][:], whole["bottom"][3:7])
+    with Image.open(tmp_path / "s.png") as picture:
+        assert picture.width > 3 * 2 * 64  # three panels of two images in a row
+
+
+def test_options_of_drawing_reach_the_codes(trained: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
+    def codes(name: str, *options: object) -> torch.Tensor:
+        command = ("sample", trained, "--tokenizer", tokenizer_folder, "--num", 6, "--label", "each", *options)
+        assert run(*command, "--codes", tmp_path / f"{name}.zarr", "--out", tmp_path / f"{name}.png") == 0
+        return torch.from_numpy(open_codes(tmp_path / f"{name}.zarr")["bottom"][:].astype(np.int64))
+
+    model, labels = priors.load(trained), torch.arange(6) % 4
+    for name, options, drawing in (
+        ("plain", (), priors.Drawing()),
+        ("cold", ("--temperature", 0.5, "--top-k", 5, "--top-p", 0.9), priors.Drawing(0.5, 5, 0.9)),
+        ("guided", ("--guidance", 3), priors.Drawing(guidance=3)),
+        ("best", ("--candidates", 3), priors.Drawing(candidates=3)),
+    ):
+        expected = priors.sample(model, 6, labels, drawing=drawing)["bottom"]
+        assert torch.equal(codes(name, *options), expected), name
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--rows", "0:4"), "--rows chooses rows of the store that --complete names"),
+        (("--num", 0), "--num must be at least 1"),
+        (("--complete", "STORE", "--num", 3), "as many images are made as --rows chooses"),
+        (("--complete", "STORE", "--keep", 1.0), "--keep must lie between 0 and 1"),
+        (("--complete", "STORE", "--rows", "400:"), "no rows there"),
+        (("--complete", "OTHER"), "models the codes of tokenizer"),
+        (("--guidance", 2), "give every sample a label"),
+        (("--top-p", 0), "top_p"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else None,
+)
+def test_what_cannot_be_sampled_is_refused(
+    trained: Path, reference: Path, finished_store: Path, tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    options: tuple[object, ...], message: str,
+) -> None:  # fmt: skip
+    places = {"STORE": reference, "OTHER": finished_store}
+    command = ["sample", trained, "--tokenizer", tokenizer_folder, "--out", tmp_path / "s.png"]
+    assert run(*command, *(places.get(str(option), option) for option in options)) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tokenizer import PRESETS, Tokenizer, TokenizerConfig, from_preset, preset_config
+from tokenizer.rules import RULES
 
 PAGE = Path(__file__).parents[2] / "docs" / "tokenizers.md"
 
@@ -152,3 +153,9 @@ def test_the_configuration_page_says_what_the_docstring_says():
     for preset, changes in PRESETS.items():
         for name, value in changes.items():
             assert f"{name} {value}" in page.partition(f"- `{preset}`: ")[2].partition("\n")[0], preset
+
+
+def test_the_configuration_page_has_every_rule():
+    rows = [f"| {', '.join(f'`{name}`' for name in rule.options)} | `{rule.words}` |" for rule in RULES]
+    page = (PAGE.parent / "configuration.md").read_text()
+    assert page.partition("| given | needs |\n|---|---|\n")[2].partition("\n\n")[0].splitlines() == rows

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import vqmill
 from vqmill import native
 
 
@@ -32,3 +33,24 @@ def both_ways(request, monkeypatch):
             pytest.skip(str(error))
     monkeypatch.setattr(native, "PROCESS", chosen)
     return request.param
+
+
+@pytest.fixture(scope="session")
+def numbered(tmp_path_factory, stores):
+    """A store of 53 rows whose labels are its row numbers, and its codes in memory."""
+    rows = stores.codes(stores.two_levels, 53)
+    path = tmp_path_factory.mktemp("loader") / "codes.zarr"
+    stores.write(path, stores.two_levels, rows, list(range(53)))
+    return vqmill.open_codes(path), rows
+
+
+@pytest.fixture
+def memory_for(stores):
+    """Gives `pool_bytes` for so many rows of `numbered`, a quarter of it being kept for what is in hand."""
+    return lambda rows: -(-rows * (stores.two_levels.row_bytes + 64) * 4 // 3) + 3
+
+
+@pytest.fixture(params=[3, 10, 30, 10_000], ids=lambda rows: f"pool{rows}")
+def pool(request, memory_for):
+    """Memory for the fewest rows that will do, for some pools an epoch, and for all rows in one."""
+    return {"pool_bytes": memory_for(request.param)}

@@ -1,0 +1,44 @@
+"""Ctrl-C that waits for the work in hand."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+
+
+class PatientInterrupt:
+    """Puts Ctrl-C off until the block looks for it or ends; the second one comes through at once.
+
+    Only in the main thread, where signals arrive, and where Ctrl-C has its usual meaning; otherwise it changes nothing.
+
+    Args:
+        wanted: False changes nothing either.
+
+    Attributes:
+        asked: Ctrl-C has been pressed; leave the block when what is in hand is whole: KeyboardInterrupt is raised there.
+    """
+
+    def __init__(self, *, wanted: bool = True) -> None:
+        self.asked = False
+        self._holds = wanted
+
+    def __enter__(self) -> PatientInterrupt:
+        main = threading.current_thread() is threading.main_thread()
+        self._holds &= main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if self._holds:
+            signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._holds:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self.asked and error is None:
+            raise KeyboardInterrupt
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
