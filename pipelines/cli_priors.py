@@ -1,11 +1,74 @@
-"""The command `score`; cli.py adds it to the app."""
+"""Commands about priors; cli.py adds them to the app."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from pipelines.app import run
-from pipelines.options import Common, Device
+from pipelines.options import Common, Device, FitFlags
+
+
+def train_prior(
+    store: Path, /, *, out: Path, preset: str = "pixelcnn", config: Path | None = None, level: str = "all", holdout: float = 0.05,
+    flags: FitFlags = FitFlags(), common: Common = Common(),
+) -> int:  # fmt: skip
+    """Train a prior on a code store: label -> top -> bottom, each level by itself, on true codes of the coarser ones.
+
+    Writes OUT/prior.safetensors, metrics for each level, run.json. Stopped runs go on when the same command is given.
+
+    Args:
+        store: the code store.
+        out: the folder to make.
+        preset: gated PixelCNNs: pixelcnn-tiny, pixelcnn, pixelcnn-large, razavi (the paper's sizes, for GPUs); transformers: gpt-tiny, gpt,
+            gpt-large.
+        config: a TOML file with tables [prior], [prior.LEVEL] and [fit] over the preset.
+        level: train this level only; OUT is made when all have been trained.
+        holdout: share of the samples kept out of training and used to evaluate, chosen by their keys.
+    """
+    from pipelines.train_prior import train_prior as job
+
+    return run(common, lambda: job(store, out, preset=preset, config=config, level=level, holdout=holdout, flags=flags))
+
+
+def sample(
+    prior: Path, /, *, tokenizer: Path | None = None, tokenizer_module: str | None = None, out: Path, num: int | None = None, seed: int = 0,
+    label: str | None = None, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, guidance: float = 1.0, candidates: int = 1,
+    complete: Path | None = None, rows: str | None = None, keep: float = 0.5, codes: Path | None = None, columns: int | None = None,
+    batch_size: int = 64, device: Device = "auto", common: Common = Common(),
+) -> int:  # fmt: skip
+    """Draw new images: label -> top -> bottom -> pixels. Or complete images of which the upper part is given.
+
+        vqmill sample runs/prior --tokenizer runs/tok --label each --out samples.png
+        vqmill sample runs/prior --tokenizer runs/tok --complete codes.zarr --rows 0:16 --keep 0.5 --out completed.png
+
+    Args:
+        prior: the folder that train-prior wrote.
+        tokenizer: the folder of the tokenizer that the prior is bound to.
+        tokenizer_module: instead, package.module:factory, when your own code made the codes.
+        out: the PNG to write.
+        num: how many images; 64 if not given.
+        seed: of the noise; image i depends on the seed and i only.
+        label: a class number, or "each" for every class in turn, one column each; any class if not given.
+        temperature: below 1 is likelier and less varied; 0 always takes the likeliest code.
+        top_k: draw among so many of the likeliest codes only; 0 for all.
+        top_p: draw among the likeliest codes that together have this probability; 1 for all.
+        guidance: how strongly the label acts: 1 as trained, 2 or 3 is clearer and less varied. Needs --label; takes twice the time.
+        candidates: draw each image so often, and keep the one that its label explains best. Needs --label.
+        complete: a store of codes by the same tokenizer: the upper part of its rows is kept, the rest is drawn.
+        rows: START:STOP, which rows --complete takes; 0:16 if not given.
+        keep: with --complete, which part of each grid's height is kept.
+        codes: also write the codes as a store.
+        columns: images in a row.
+        batch_size: images drawn at once; changes them no more than the device rounds differently.
+        device: auto takes the GPU if there is one.
+    """
+    from pipelines.sample import SampleOptions
+    from pipelines.sample import sample as job
+
+    return run(common, lambda: job(prior, tokenizer, out, module=tokenizer_module, options=SampleOptions(
+        num=num, seed=seed, label=label, temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance, candidates=candidates,
+        complete=complete, rows=rows, keep=keep, codes=codes, columns=columns, batch_size=batch_size, device=device,
+    )))  # fmt: skip
 
 
 def score(

@@ -66,6 +66,7 @@ class FitConfig:
         save_every: steps between resume points. With one worker Ctrl-C makes one more, after the step in hand (pressed again it stops at
             once); with more workers a run goes on from the last one.
         keep_best: end with the weights of the best evaluation, not the last.
+        patience: stop early after so many evaluations in a row without a better one; 0 for never. Needs keep_best.
         max_failures: how often Ray Train starts all workers again, from the last resume point, after one was lost; 0 for never.
         seed: of everything random.
     """
@@ -82,6 +83,7 @@ class FitConfig:
     validate_every: int = 500
     save_every: int = 100
     keep_best: bool = False
+    patience: int = 0
     max_failures: int = 3
     seed: int = 0
 
@@ -93,12 +95,14 @@ class FitConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise UsageError(f"--{name.replace('_', '-')} must be a positive number, got {value}.")
-        for name in ("warmup_steps", "weight_decay", "max_failures", "seed"):
+        for name in ("warmup_steps", "weight_decay", "patience", "max_failures", "seed"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise UsageError(f"--{name.replace('_', '-')} must not be negative, got {value}.")
         if not 0 <= self.weight_ema < 1:
             raise UsageError(f"weight_ema must be in [0, 1), got {self.weight_ema}.")
+        if self.patience and not self.keep_best:
+            raise UsageError("patience stops some evaluations after the best one: set keep_best = true in [fit] too.")
         if self.precision not in ("fp32", "bf16"):
             raise UsageError(f"--precision must be fp32 or bf16, got {self.precision!r}.")
 
@@ -162,7 +166,7 @@ def fit(
     early = min(codebooks_begin + max(1, config.validate_every // EARLY_SHARE), config.steps)
     # Ranks cannot agree on a step to stop after: Ctrl-C reaches them at different ones, or only their driver.
     with PatientInterrupt(wanted=context.world_size == 1) as interrupt:
-        while state.done < config.steps:
+        while state.done < config.steps and not state.exhausted:
             loss, metrics = _train_one(state, module, batches)
             if on_step:
                 on_step(state.done, loss)
@@ -173,7 +177,7 @@ def fit(
             if state.done % config.validate_every == 0 or state.done == early or last:
                 final = state.validate(validation, warn=state.done == early > codebooks_begin)
             stopping = interrupt.asked
-            if state.done % config.save_every == 0 or last or stopping:
+            if state.done % config.save_every == 0 or last or stopping or state.exhausted:
                 if before_save:
                     before_save()
                 state.save()

@@ -42,6 +42,7 @@ class TrainingState:
         self.optimizer = torch.optim.AdamW(groups, lr=config.learning_rate)
         self.done = 0
         self.best, self.best_step = math.inf, 0
+        self.stale = 0  # evaluations since the best one
         self.ema = [parameter.detach().clone() for parameter in self.trained] if config.weight_ema else []
 
     def average(self) -> None:
@@ -76,21 +77,37 @@ class TrainingState:
 
     def validate(self, validation: Callable[[], Iterable[Batch]], *, warn: bool) -> dict[str, float]:
         """Evaluates on rank 0, with the averaged weights if there are any, and keeps the best; `warn` of lost codebooks."""
-        if self.context.rank:
-            return {}
+        found = {} if self.context.rank else self._judge(validation, warn=warn)
+        if self.config.patience:
+            counted = self.context.sum({"stale": torch.tensor(0.0 if self.context.rank else float(self.stale))})
+            self.stale = int(counted["stale"])  # all ranks stop at one step
+            if self.exhausted:
+                self.log.note(
+                    f"stopped early at step {self.done}: {self.stale} evaluations in a row without a better one"
+                )
+        return found
+
+    def _judge(self, validation: Callable[[], Iterable[Batch]], *, warn: bool) -> dict[str, float]:
         self.swap()
         found = self._evaluate(validation)
-        if self.done > self.codebooks_begin and found["loss"] < self.best:
-            self.best, self.best_step = found["loss"], self.done
-            save_checkpoint(
-                self.folder / BEST_FILE, self.step.state_dict(), {"step": self.best_step, "loss": self.best}
-            )
+        if self.done > self.codebooks_begin:
+            self.stale += 1
+            if found["loss"] < self.best:
+                self.best, self.best_step, self.stale = found["loss"], self.done, 0
+                save_checkpoint(
+                    self.folder / BEST_FILE, self.step.state_dict(), {"step": self.best_step, "loss": self.best}
+                )
         self.swap()
         self.log.record({"step": self.done, **{f"validation/{name}": value for name, value in found.items()}})
         for warning in collapsed(found) if warn else ():
             self.log.note(f"warning, step {self.done}: {warning}")
             self.log.record({"step": self.done, "warning": warning})
         return found
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether as many evaluations as `patience` says were no better than one before them."""
+        return 0 < self.config.patience <= self.stale
 
     def conclude(self, validation: Callable[[], Iterable[Batch]], final: dict[str, float]) -> dict[str, float]:
         """Leaves the final weights in the step: the best ones, the average, or the last. Says how far best and last are apart."""
@@ -130,7 +147,9 @@ class TrainingState:
         for index, values in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in values.items()}
         self.log.flush()
-        save_checkpoint(self.folder / RESUME_FILE, tensors, {"done": self.done, "streams": streams})
+        save_checkpoint(
+            self.folder / RESUME_FILE, tensors, {"done": self.done, "streams": streams, "stale": self.stale}
+        )
 
     def resume(self) -> None:
         """Goes on from the resume point, if there is one."""
@@ -139,7 +158,7 @@ class TrainingState:
         if path.exists():
             tensors, metadata = load_checkpoint(path)
             self._load(tensors)
-            self.done, streams = int(metadata["done"]), metadata["streams"]
+            self.done, self.stale, streams = int(metadata["done"]), int(metadata["stale"]), metadata["streams"]
             # Ranks stand apart after samples that could not be read.
             mine = self.context.rank if len(streams) == self.context.world_size else 0
             self.stream.load_state_dict(streams[mine])

@@ -196,6 +196,33 @@ def test_the_best_weights_are_kept_and_told_of(tmp_path: Path, keep_best: bool, 
     assert ("the best is kept" in said, "the last is kept" in said) == (keep_best, not keep_best)
 
 
+@pytest.mark.parametrize("kill_at", [None, 2, 3])
+def test_a_run_that_gets_no_better_stops_early_with_its_best_weights(tmp_path: Path, kill_at: int | None) -> None:
+    run(tmp_path / "whole", WILD)
+    losses = evaluations(tmp_path / "whole")
+    best, stop = 0, 0  # by hand: the first step after which three evaluations in a row were no better
+    for number, loss in losses.items():
+        if best == 0 or loss < losses[best]:
+            best = number
+        elif number - best == 3:
+            stop = number
+            break
+    assert 3 < stop < 30
+    patient = replace(WILD, keep_best=True, patience=3, save_every=2)
+    if kill_at:
+        with pytest.raises(Killed):
+            run(tmp_path / "early", patient, kill_at=kill_at)
+    _, final = run(tmp_path / "early", patient)
+    assert list(evaluations(tmp_path / "early")) == list(range(1, stop + 1))
+    assert final["loss"] == losses[best]
+    said = (tmp_path / "early" / NOTES_FILE).read_text()
+    assert f"stopped early at step {stop}: 3 evaluations in a row without a better one" in said
+    _, again = run(tmp_path / "early", patient)
+    assert again == final, "a finished run is not gone on with"
+    with pytest.raises(UsageError, match="keep_best = true"):
+        replace(CONFIG, patience=3)
+
+
 def test_nothing_before_the_codebooks_begin_is_the_best(tmp_path: Path) -> None:
     fit(LinearStep(), Numbers(), validation, WILD, LocalContext(torch.device("cpu")), tmp_path, codebooks_begin=20)
     losses = evaluations(tmp_path)
