@@ -33,6 +33,7 @@ SECTIONS: dict[str, Section] = {
     "search": models.search,
     "quantizer": models.quantizer,
     "training": training.training,
+    "workers": training.workers,
     "sampling": priors.sampling,
     "prior": priors.prior,
     "tars": corpus.tars,

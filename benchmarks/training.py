@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,9 +24,13 @@ from pipelines.corpus.walk import holdout_batches
 from pipelines.fit import FitConfig, fit
 from pipelines.memory import keep_freed_memory
 from pipelines.scenes import write_corpus
+from pipelines.train import run_job
+from pipelines.train_tokenizer import TokenizerJob
+from pipelines.training_log import METRICS_FILE
 
 IMAGES, SIDE = 4096, 32
 SKIPPED, STEPS = 4, 16  # of each run: not counted, counted
+WORKER_STEPS = 100
 FIT = FitConfig(steps=SKIPPED + STEPS, batch_size=64, learning_rate=1e-3, warmup_steps=0)
 
 
@@ -36,6 +43,42 @@ def training(folder: Path) -> Iterator[Line]:
     found = medians({"ours": ours, "plain": plain}, clock=lambda run: run())
     title = f"a training step, {FIT.batch_size} x 3 x {SIDE} x {SIDE}, one level, from tars, against a plain loop over images in memory"
     yield speed(title, found["ours"], found["plain"], 1.3)
+
+
+def workers(folder: Path) -> Iterator[Line]:
+    """Images a second of training on Ray with 1 and 2 workers of one thread each, data-parallel; as measured, without a target."""
+    write_corpus(folder / "scenes", num_images=IMAGES, num_shards=2, side=SIDE)
+    config = tokenizer.preset_config("sonnet_cifar", codebook_start="kmeans", start_step=1, revival="rare")
+    fit_config = replace(FIT, steps=WORKER_STEPS, validate_every=WORKER_STEPS, save_every=WORKER_STEPS)
+    job = TokenizerJob(
+        plan_corpus(str(folder / "scenes")), config, fit_config, Augmentation(), holdout_fraction=0.02, num_threads=1
+    )
+    found = {}
+    for number in (1, 2):
+        place = folder / f"workers-{number}"
+        place.mkdir()
+        with threads(1):
+            run_job(job, place, workers=number, device="cpu", title=f"{number} workers")
+        records = [json.loads(line) for line in (place / METRICS_FILE).read_text().splitlines()]
+        found[number] = 1 / statistics.median(
+            record["samples_per_second"] for record in records if "samples_per_second" in record
+        )
+    yield speed(
+        f"training, {FIT.batch_size} x 3 x {SIDE} x {SIDE} in all, an image, 2 workers against 1, a thread each",
+        found[2],
+        found[1],
+    )
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    """Torch with so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _our_loop(plan: Plan, folder: Path) -> Callable[[], float]:

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,9 @@ from pipelines.options import TENSORBOARD_FOLDER, FitFlags, choose_device
 from pipelines.outputs import RUN_FILE, OutputFolder, require_room, run_record
 from pipelines.recipes import PRIOR_RECIPES, fit_config, read_tables, shortened
 from pipelines.results import Result, plain_console
-from pipelines.train import Task, run_job
+from pipelines.train import FINAL_FILE, Task, Trained, run_job
 from pipelines.training_log import METRICS_FILE
 from vqmill import Codes, open_codes
-from vqmill.checkpoint import load_checkpoint, save_checkpoint
 from vqmill.commits import Counts
 from vqmill.errors import CodesError, UsageError
 from vqmill.files import canonical_json, write_whole
@@ -170,27 +169,26 @@ def train_prior(
     with OutputFolder(out, settings) as place:
         already = place.finished
         if not already:
-            wanted = [name for name in jobs if level in (ALL_LEVELS, name) and not _trained_file(place, name).exists()]
-            with (
-                ray_cluster(flags.workers, device) if flags.workers > 1 and wanted else nullcontext()
-            ):  # one Ray for all
-                for name in wanted:
-                    _train_level(jobs[name], place, flags, device)
-            if missing := [name for name in jobs if not _trained_file(place, name).exists()]:
+            wanted = [name for name in jobs if level in (ALL_LEVELS, name) or (place.work / name / FINAL_FILE).exists()]
+            with ray_cluster(flags.workers, device) if flags.workers > 1 else nullcontext():  # one Ray for all levels
+                trained = {name: _train_level(jobs[name], place, flags, device) for name in wanted}
+            if missing := [name for name in jobs if name not in trained]:
                 return _unfinished(out, notes, level, missing)
-            _assemble(
-                jobs, place, {"store": str(store), "settings": settings, "workers": flags.workers, "device": device}
-            )
+            prior = priors.Prior(prior_config).eval()
+            for name, found in trained.items():
+                priors.PriorStep(prior, name).load_state_dict(found.tensors)
+            priors.save(prior, place.folder)
+            record = run_record(
+                store=str(store), settings=settings, workers=flags.workers, device=device, fingerprint=prior.fingerprint,
+                parameters=prior.num_parameters, evaluation={name: found.evaluation for name, found in trained.items()}, rows=len(codes),
+            )  # fmt: skip
+            write_whole(place.folder / RUN_FILE, canonical_json(record))
             place.finish()
         return _report(out, notes, already=already)
 
 
-def _trained_file(place: OutputFolder, level: str) -> Path:
-    return place.work / level / "trained.safetensors"
-
-
-def _train_level(job: PriorJob, place: OutputFolder, flags: FitFlags, device: str) -> None:
-    """Trains one level, and keeps its weights and its evaluation with the baselines beside it."""
+def _train_level(job: PriorJob, place: OutputFolder, flags: FitFlags, device: str) -> Trained:
+    """Trains one level, or finds it trained; its evaluation has the baselines beside it."""
     work = place.work / job.level
     work.mkdir(exist_ok=True)
     crude = _baselines(open_codes(job.store), job)
@@ -201,7 +199,7 @@ def _train_level(job: PriorJob, place: OutputFolder, flags: FitFlags, device: st
         tensorboard=place.folder / TENSORBOARD_FOLDER / job.level if flags.tensorboard else None,
     )  # fmt: skip
     write_whole(place.folder / f"metrics-{job.level}.jsonl", (work / METRICS_FILE).read_bytes())
-    save_checkpoint(_trained_file(place, job.level), trained.tensors, {"evaluation": trained.evaluation | crude})
+    return replace(trained, evaluation=trained.evaluation | crude)
 
 
 def _poor(level: str, crude: Mapping[str, float]) -> str:
@@ -209,25 +207,6 @@ def _poor(level: str, crude: Mapping[str, float]) -> str:
         f"level {level}: its codes carry {crude['unigram_bits_per_code']:.2f} of {crude['uniform_bits_per_code']:.2f} bits by their "
         "frequencies alone, so there is little that a prior could learn. Is the codebook used? See: vqmill inspect STORE"
     )
-
-
-def _assemble(jobs: Mapping[str, PriorJob], place: OutputFolder, facts: Mapping[str, Any]) -> None:
-    """Puts the networks of all levels together, and writes the prior and the record of its making."""
-    prior = priors.Prior(next(iter(jobs.values())).config).eval()
-    report = {}
-    for name in jobs:
-        tensors, metadata = load_checkpoint(_trained_file(place, name))
-        priors.PriorStep(prior, name).load_state_dict(tensors)
-        report[name] = metadata["evaluation"]
-    priors.save(prior, place.folder)
-    record = run_record(
-        fingerprint=prior.fingerprint,
-        parameters=prior.num_parameters,
-        evaluation=report,
-        rows=facts["settings"]["rows"],
-        **facts,
-    )
-    write_whole(place.folder / RUN_FILE, canonical_json(record))
 
 
 def _unfinished(out: Path, notes: list[str], level: str, missing: list[str]) -> Result:
