@@ -25,6 +25,7 @@ from pipelines.pictures import (
     save_picture,
     side_by_side,
 )
+from pipelines.prior_inputs import check_labels, check_store
 from pipelines.progress import meter
 from pipelines.results import Result
 from pipelines.tokenize_command import run_file, tokenizer_place
@@ -63,13 +64,14 @@ class SampleOptions:
 
 @dataclass(frozen=True)
 class _Asked:
-    """What is drawn: how many, with which labels, what is known of them, and what that was taken from."""
+    """What is drawn: how many, with which labels, what is known of them, what that was taken from, and what to say about it."""
 
     num: int
     labels: torch.Tensor | None
     given: dict[str, torch.Tensor] | None = None
     whole: dict[str, torch.Tensor] | None = None
     source: dict[str, Any] | None = None
+    warning: str = ""
 
 
 def sample(
@@ -84,7 +86,7 @@ def sample(
         )
     except CodesError as error:
         raise UsageError(f"{prior_path} with {tokenizer_path or module}: {error}") from error
-    asked = _completions(prior, options) if options.complete else _draws(prior, options)
+    asked = _completions(prior, prior_path, options.complete, options) if options.complete else _draws(prior, options)
     settings = {
         "prior": prior.fingerprint, "tokenizer": model.fingerprint, "num": asked.num, "seed": options.seed, "label": options.label,
         "drawing": asdict(drawing), "completed": asked.source, "columns": options.columns,
@@ -106,7 +108,8 @@ def sample(
     images = _decode(model, drawn, chosen, options.batch_size)
     whole = None if asked.whole is None else _decode(model, asked.whole, chosen, options.batch_size)
     save_picture(out, _picture(images, whole, options, prior.config.num_classes), settings)
-    lines = [f"made {out}: {asked.num} images, seed {options.seed}"]
+    lines = [asked.warning] if asked.warning else []
+    lines.append(f"made {out}: {asked.num} images, seed {options.seed}")
     facts: dict[str, Any] = {"out": str(out), "seed": options.seed}
     if (codes := options.codes) is not None:
         arrays = {name: values.numpy() for name, values in drawn.items()}
@@ -134,18 +137,14 @@ def _draws(prior: priors.Prior, options: SampleOptions) -> _Asked:
     return _Asked(num, _labels(options.label, num, prior.config.num_classes))
 
 
-def _completions(prior: priors.Prior, options: SampleOptions) -> _Asked:
+def _completions(prior: priors.Prior, place: Path, store: Path, options: SampleOptions) -> _Asked:
     """Rows of a store, of each of whose grids the upper part is kept.
 
     Raises:
         UsageError: the store is not of this prior's codes, or nothing is left to draw or to keep.
     """
-    assert options.complete is not None
-    codes = open_codes(options.complete)
-    try:
-        prior.config.check_tokenizer(codes.spec.tokenizer["fingerprint"])
-    except CodesError as error:
-        raise UsageError(f"--complete {options.complete}: {error}") from error
+    codes = open_codes(store)
+    check_store(prior.config, place, codes)
     if options.num is not None:
         raise UsageError("--num: with --complete, as many images are made as --rows chooses; leave one of them out.")
     if not 0 < options.keep < 1:
@@ -156,14 +155,16 @@ def _completions(prior: priors.Prior, options: SampleOptions) -> _Asked:
     for level in prior.config.levels:
         given[level.name] = whole[level.name].clone()
         given[level.name][:, max(1, round(options.keep * level.grid[0])) :] = -1
+    known, warning = codes.labels[rows.start : rows.stop], ""
     if options.label is not None:
         labels = _labels(options.label, len(rows), prior.config.num_classes)
     else:
-        labels = torch.from_numpy(codes.labels[rows.start : rows.stop].copy()) if prior.config.num_classes else None
+        warning = check_labels(prior.config, place, codes, rows, known)
+        labels = torch.from_numpy(known.copy()) if prior.config.num_classes else None
     source = {
         "segments": [segment.plan for segment in codes.spec.segments], "rows": [rows.start, rows.stop], "keep": options.keep,
     }  # fmt: skip
-    return _Asked(len(rows), labels, given, whole, source)
+    return _Asked(len(rows), labels, given, whole, source, warning)
 
 
 def _picture(images: Pixels, whole: Pixels | None, options: SampleOptions, num_classes: int) -> Image.Image:
