@@ -22,7 +22,7 @@ def train_prior(
         preset: gated PixelCNNs: pixelcnn-tiny, pixelcnn, pixelcnn-large, razavi (the paper's sizes, for GPUs); transformers: gpt-tiny, gpt,
             gpt-large.
         config: a TOML file with tables [prior], [prior.LEVEL] and [fit] over the preset.
-        level: train this level only; OUT is made when all have been trained.
+        level: train this level only, with the same other settings; OUT is made when all have been trained.
         holdout: share of the samples kept out of training and used to evaluate, chosen by their keys.
     """
     from pipelines.train_prior import train_prior as job
@@ -33,7 +33,7 @@ def train_prior(
 def sample(
     prior: Path, /, *, tokenizer: Path | None = None, tokenizer_module: str | None = None, out: Path, num: int | None = None, seed: int = 0,
     label: str | None = None, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, guidance: float = 1.0, candidates: int = 1,
-    complete: Path | None = None, rows: str | None = None, keep: float = 0.5, codes: Path | None = None, columns: int | None = None,
+    complete: Path | None = None, rows: str | None = None, keep: float | None = None, codes: Path | None = None, columns: int | None = None,
     batch_size: int = 64, device: Device = "auto", common: Common = Common(),
 ) -> int:  # fmt: skip
     """Draw new images: label -> top -> bottom -> pixels. Or complete images of which the upper part is given.
@@ -56,7 +56,7 @@ def sample(
         candidates: draw each image so often, and keep the one that its label explains best. Needs --label.
         complete: a store of codes by the same tokenizer: the upper part of its rows is kept, the rest is drawn.
         rows: START:STOP, which rows --complete takes; 0:16 if not given.
-        keep: with --complete, which part of each grid's height is kept.
+        keep: with --complete, which part of each grid's height is kept; half if not given.
         codes: also write the codes as a store.
         columns: images in a row.
         batch_size: images drawn at once; changes them no more than the device rounds differently.

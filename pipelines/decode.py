@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,13 +102,15 @@ def load_tokenizer_of(codes: Codes, path: Path | None, module: str | None) -> Im
     return model
 
 
-def decode_rows(model: ImageTokenizer, codes: dict[str, np.ndarray[Any, Any]]) -> Pixels:
-    """Codes [N, *grid] by level -> uint8 [N, C, H, W]."""
+def decode_rows(
+    model: ImageTokenizer, codes: Mapping[str, np.ndarray[Any, Any]], batch_size: int = BATCH_ROWS
+) -> Pixels:
+    """Codes [N, *grid] by level -> uint8 [N, C, H, W], so many at once."""
     number = len(next(iter(codes.values())))
     parts = []
-    for first in range(0, number, BATCH_ROWS):
+    for first in range(0, number, batch_size):
         batch = {
-            name: torch.from_numpy(values[first : first + BATCH_ROWS].astype(np.int64))
+            name: torch.from_numpy(values[first : first + batch_size].astype(np.int64))
             for name, values in codes.items()
         }
         parts.append(model.decode(batch).cpu().numpy())

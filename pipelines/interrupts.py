@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -42,3 +43,6 @@ class PatientInterrupt:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
+        os.write(
+            2, b"\nstopping after this step, with a resume point; press Ctrl-C again to stop at once\n"
+        )  # safe in a handler

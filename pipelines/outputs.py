@@ -110,14 +110,14 @@ def _compare(folder: Path, wanted: Mapping[str, Any], advice: str) -> None:
 
 
 def refuse_inside(out: Path, corpus: str) -> None:
-    """Refuses to write into the folder that is being read, where the output would become part of the corpus.
+    """Refuses to write into the folder that is being read, a corpus or a store, where the output would become part of it.
 
     Raises:
         UsageError: `out` lies in it.
     """
     if Path(corpus).is_dir() and out.resolve().is_relative_to(Path(corpus).resolve()):
         raise UsageError(
-            f"--out {out}: lies inside the corpus {corpus}, and would be read as a part of it. Choose a place outside."
+            f"--out {out}: lies inside {corpus}, and would be read as a part of it. Choose a place outside."
         )
 
 

@@ -1,4 +1,4 @@
-"""Whether a prior can read the rows of a store: said before anything is computed."""
+"""What a prior reads of a store: its levels, classes and rows, and whether they are those that it models."""
 
 from __future__ import annotations
 
@@ -7,11 +7,62 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.train_prior import level_shapes
+from pipelines.corpus.holdout import hash_of_key
 from priors import LevelShape, PriorConfig
 from vqmill import Codes
 from vqmill.errors import CodesError, UsageError
 from vqmill.spec import MISSING_LABEL
+
+BASELINE_CODES = 4_000_000  # that baselines are counted on; more would not move the figures, and take gigabytes
+
+
+def level_shapes(codes: Codes) -> list[LevelShape]:
+    """The store's levels as the prior wants them.
+
+    Raises:
+        UsageError: a level is not a two-dimensional grid.
+    """
+    for level in codes.spec.levels:
+        if len(level.grid) != 2:
+            cause = ""
+            if "depth" in level.axes:
+                cause = f"Its codes have {level.grid[0]} residual stages: tokenize with a tokenizer without them (num_quantizers = 1 in [tokenizer]). "
+            raise UsageError(
+                f"{codes.path}: level '{level.name}' has the axes {', '.join(level.axes)} (a row is {'x'.join(map(str, level.grid))}), but a "
+                f"prior models one code at each place, row, y, x. {cause}For a model of your own, read the codes with vqmill.open_codes."
+            )
+    return [LevelShape(level.name, level.codebook_size, (level.grid[0], level.grid[1])) for level in codes.spec.levels]
+
+
+def num_classes(codes: Codes) -> int:
+    """How many labels there are: the named classes, else one more than the largest label; 0 without labels."""
+    largest = int(codes.labels.max(initial=-1))
+    return 0 if largest < 0 else max(len(codes.class_names), largest + 1)
+
+
+def split_rows(codes: Codes, fraction: float) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """Rows to train on and rows held out, by the hash of each sample's key; as for tokenizers, one at least is held out.
+
+    Raises:
+        UsageError: nothing is left to train on.
+    """
+    hashes = np.array([hash_of_key(str(key)) for key in codes.sample_keys()], np.uint64)
+    if len(np.unique(hashes)) < 2:
+        raise UsageError(
+            f"{codes.path}: {len(codes)} rows; it takes two samples, one to train on and one to hold out. Tokenize a larger corpus."
+        )
+    threshold = max(np.uint64(int(fraction * 2**64)), hashes.min() + np.uint64(1))
+    held = hashes < threshold
+    if held.all():
+        raise UsageError(
+            f"{codes.path}: --holdout {fraction} keeps all {len(codes):,} rows out of training. Choose a smaller fraction."
+        )
+    return np.flatnonzero(~held), np.flatnonzero(held)
+
+
+def evenly(rows: np.ndarray[Any, Any], limit: int) -> np.ndarray[Any, Any]:
+    """At most so many of the rows, from everywhere among them: a corpus may be sorted by class."""
+    return rows if len(rows) <= limit else rows[np.linspace(0, len(rows) - 1, limit).astype(np.int64)]
 
 
 def check_store(config: PriorConfig, place: Path, codes: Codes) -> None:

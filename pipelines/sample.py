@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 
 import priors
+from pipelines.decode import decode_rows
 from pipelines.foreign import load_tokenizer, store_record
 from pipelines.options import Device, choose_device, row_range
 from pipelines.outputs import require_room, run_record
@@ -55,7 +57,7 @@ class SampleOptions:
     candidates: int = 1
     complete: Path | None = None
     rows: str | None = None
-    keep: float = 0.5
+    keep: float | None = None
     codes: Path | None = None
     columns: int | None = None
     batch_size: int = 64
@@ -69,7 +71,7 @@ class _Asked:
     num: int
     labels: torch.Tensor | None
     given: dict[str, torch.Tensor] | None = None
-    whole: dict[str, torch.Tensor] | None = None
+    whole: dict[str, np.ndarray[Any, Any]] | None = None
     source: dict[str, Any] | None = None
     warning: str = ""
 
@@ -81,12 +83,16 @@ def sample(
     prior, model = priors.load(prior_path), load_tokenizer(tokenizer_path, module)
     try:
         prior.config.check_tokenizer(model.fingerprint)
-        drawing = priors.Drawing(
-            options.temperature, options.top_k, options.top_p, options.guidance, options.candidates
-        )
     except CodesError as error:
         raise UsageError(f"{prior_path} with {tokenizer_path or module}: {error}") from error
     asked = _completions(prior, prior_path, options.complete, options) if options.complete else _draws(prior, options)
+    try:
+        drawing = priors.Drawing(
+            options.temperature, options.top_k, options.top_p, options.guidance, options.candidates
+        )
+        priors.check_sampling(prior, asked.num, asked.labels, options.seed, drawing, asked.given, options.batch_size)
+    except CodesError as error:
+        raise UsageError(str(error)) from error
     settings = {
         "prior": prior.fingerprint, "tokenizer": model.fingerprint, "num": asked.num, "seed": options.seed, "label": options.label,
         "drawing": asdict(drawing), "completed": asked.source, "columns": options.columns,
@@ -94,25 +100,23 @@ def sample(
     check_picture(out, settings)
     check_columns(options.columns)
     chosen = choose_device(options.device)
+    model.to(chosen)
     spec = _spec(prior, model, settings)
     if options.codes is not None:
         require_room(options.codes, asked.num * spec.row_bytes)
         StoreWriter(options.codes, spec).close()  # refuses a place that holds something else, before the drawing
     with meter("sampling", "codes") as show:
-        try:
-            drawn = priors.sample(
-                prior, asked.num, asked.labels, options.seed, drawing, asked.given, options.batch_size, device=chosen, progress=show,
-            )  # fmt: skip
-        except CodesError as error:
-            raise UsageError(str(error)) from error
-    images = _decode(model, drawn, chosen, options.batch_size)
-    whole = None if asked.whole is None else _decode(model, asked.whole, chosen, options.batch_size)
-    save_picture(out, _picture(images, whole, options, prior.config.num_classes), settings)
+        drawn = priors.sample(
+            prior, asked.num, asked.labels, options.seed, drawing, asked.given, options.batch_size, device=chosen, progress=show,
+        )  # fmt: skip
+    arrays = {name: values.numpy() for name, values in drawn.items()}
+    images = decode_rows(model, arrays, options.batch_size)
+    whole = None if asked.whole is None else decode_rows(model, asked.whole, options.batch_size)
+    save_picture(out, _picture(images, whole, asked, options, prior.config.num_classes), settings)
     lines = [asked.warning] if asked.warning else []
     lines.append(f"made {out}: {asked.num} images, seed {options.seed}")
     facts: dict[str, Any] = {"out": str(out), "seed": options.seed}
     if (codes := options.codes) is not None:
-        arrays = {name: values.numpy() for name, values in drawn.items()}
         _write_codes(codes, spec, arrays, asked.labels, images.shape[-1])
         write_whole(
             run_file(codes),
@@ -129,8 +133,9 @@ def _draws(prior: priors.Prior, options: SampleOptions) -> _Asked:
     Raises:
         UsageError: an option without --complete, or out of its range.
     """
-    if options.rows is not None:
-        raise UsageError("--rows chooses rows of the store that --complete names; give both.")
+    for flag, value in (("--rows", options.rows), ("--keep", options.keep)):
+        if value is not None:
+            raise UsageError(f"{flag} says what of the store that --complete names is taken; give both.")
     num = 64 if options.num is None else options.num
     if num < 1:
         raise UsageError(f"--num must be at least 1, got {num}.")
@@ -147,37 +152,45 @@ def _completions(prior: priors.Prior, place: Path, store: Path, options: SampleO
     check_store(prior.config, place, codes)
     if options.num is not None:
         raise UsageError("--num: with --complete, as many images are made as --rows chooses; leave one of them out.")
-    if not 0 < options.keep < 1:
-        raise UsageError(f"--keep must lie between 0 and 1, got {options.keep}.")
+    keep = 0.5 if options.keep is None else options.keep
+    height = prior.config.levels[0].grid[
+        0
+    ]  # coarse codes decide, so that no finer one is kept under a coarse one that is drawn
+    kept = round(keep * height)
+    if not 0 < kept < height:
+        raise UsageError(
+            f"--keep {keep:g}: keeps {kept} of {height} rows of level '{prior.levels[0]}', and so leaves nothing to keep or to draw. "
+            f"Take a value between {0.5 / height:.2g} and {1 - 0.5 / height:.2g}."
+        )
     rows = row_range(options.rows or "0:16", len(codes))
-    whole = {name: torch.from_numpy(codes[name][rows.start : rows.stop].astype(np.int64)) for name in prior.levels}
+    whole = {name: codes[name][rows.start : rows.stop].astype(np.int64) for name in prior.levels}
     given = {}
     for level in prior.config.levels:
-        given[level.name] = whole[level.name].clone()
-        given[level.name][:, max(1, round(options.keep * level.grid[0])) :] = -1
+        given[level.name] = torch.from_numpy(whole[level.name].copy())
+        given[level.name][:, kept * level.grid[0] // height :] = -1
     known, warning = codes.labels[rows.start : rows.stop], ""
     if options.label is not None:
         labels = _labels(options.label, len(rows), prior.config.num_classes)
     else:
         warning = check_labels(prior.config, place, codes, rows, known)
         labels = torch.from_numpy(known.copy()) if prior.config.num_classes else None
-    source = {
-        "segments": [segment.plan for segment in codes.spec.segments], "rows": [rows.start, rows.stop], "keep": options.keep,
-    }  # fmt: skip
+    source = {"store": codes.spec.settings(), "rows": [rows.start, rows.stop], "kept": [kept, height]}
     return _Asked(len(rows), labels, given, whole, source, warning)
 
 
-def _picture(images: Pixels, whole: Pixels | None, options: SampleOptions, num_classes: int) -> Image.Image:
+def _picture(
+    images: Pixels, whole: Pixels | None, asked: _Asked, options: SampleOptions, num_classes: int
+) -> Image.Image:
     """A grid of the images; beside what they were completed from, if they were."""
     columns, scale = options.columns, good_scale(images.shape[-1])
     if columns is None:
         columns = num_classes if options.label == "each" else max(1, round(len(images) ** 0.5))
-    if whole is None:
+    if whole is None or asked.source is None:
         return image_grid(images, columns, scale)
-    kept = whole.copy()
-    kept[:, :, round(options.keep * whole.shape[2]) :] = 128
-    panels = [Panel("whole", whole), Panel("kept, about", kept), Panel("completed", images)]
-    return side_by_side(panels, columns, scale)
+    kept, height = asked.source["kept"]
+    upper = whole.copy()
+    upper[:, :, kept * whole.shape[2] // height :] = 128
+    return side_by_side([Panel("whole", whole), Panel("kept", upper), Panel("completed", images)], columns, scale)
 
 
 def _labels(label: str | None, num: int, num_classes: int) -> torch.Tensor | None:
@@ -201,26 +214,15 @@ def _labels(label: str | None, num: int, num_classes: int) -> torch.Tensor | Non
     return torch.full((num,), int(label))
 
 
-def _decode(
-    model: ImageTokenizer, codes: dict[str, torch.Tensor], device: str, batch_size: int
-) -> np.ndarray[Any, Any]:
-    model.to(device)
-    number = len(next(iter(codes.values())))
-    parts = []
-    for first in range(0, number, batch_size):
-        batch = {name: values[first : first + batch_size] for name, values in codes.items()}
-        parts.append(model.decode(batch).cpu())
-    return torch.cat(parts).numpy()
-
-
 def _spec(prior: priors.Prior, model: ImageTokenizer, settings: dict[str, Any]) -> StoreSpec:
     levels = tuple(LevelSpec(level.name, level.codebook_size, level.grid) for level in prior.config.levels)
+    plan = hashlib.sha256(canonical_json(settings)).hexdigest()[:32]  # other seeds and drawings are other stores
     return StoreSpec(
         levels=levels,
         rows_per_shard=default_rows_per_shard(levels),
         tokenizer={name: value for name, value in store_record(model).items() if name != "preset"},
         corpus={"sampled": settings},
-        segments=(Segment(f"sampled from {settings['prior']}", 0, 0, 1, settings["num"]),),
+        segments=(Segment(f"sampled {plan}", 0, 0, 1, settings["num"]),),
     )
 
 

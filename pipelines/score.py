@@ -18,15 +18,12 @@ import zarr
 import priors
 from pipelines.decode import decode_rows, load_tokenizer_of
 from pipelines.options import Device, choose_device, row_range
-from pipelines.outputs import RUN_FILE, OutputFolder, require_room, run_record
+from pipelines.outputs import RUN_FILE, OutputFolder, refuse_inside, require_room, run_record
 from pipelines.pictures import Panel, code_panels, good_scale, save_picture, side_by_side
-from pipelines.prior_inputs import check_labels, check_store
+from pipelines.prior_inputs import BASELINE_CODES, check_labels, check_store, evenly
 from pipelines.progress import Meter, meter
 from pipelines.results import Result
 from pipelines.surprise import WHITE_BITS, Floats, ends, has_peers, heat, z_scores
-from pipelines.train_prior import BASELINE_CODES, evenly
-from priors.level import inference
-from priors.likelihood import level_nats
 from tokenizer.protocol import ImageTokenizer
 from vqmill import Codes, open_codes
 from vqmill.commits import Counts
@@ -86,6 +83,7 @@ def score(
         raise UsageError(f"--batch-size must be at least 1, got {options.batch_size}.")
     if not 1 <= options.num <= MAX_NUM:
         raise UsageError(f"--num must lie in 1..{MAX_NUM:,}, got {options.num}.")
+    refuse_inside(out, str(store))
     device = choose_device(options.device)
     prior, codes = priors.load(prior_path), open_codes(store)
     check_store(prior.config, prior_path, codes)
@@ -176,9 +174,7 @@ def _bits_per_code(job: _Job, start: int, end: int) -> dict[str, np.ndarray[Any,
     first, last = job.rows[start], job.rows[end - 1] + 1
     arrays = {name: job.codes[name][first:last] for name in job.prior.levels} | {"label": job.labels[start:end]}
     batch = {name: torch.from_numpy(values.astype(np.int64)).to(job.device) for name, values in arrays.items()}
-    with inference(job.prior):
-        nats = {name: level_nats(job.prior.level_prior(name), batch).cpu().numpy() for name in job.prior.levels}
-    bits = {name: values / np.float32(math.log(2)) for name, values in nats.items()}
+    bits = {name: values.cpu().numpy() for name, values in priors.bits_per_code(job.prior, batch).items()}
     for name, values in bits.items():
         if not (values <= np.finfo(np.float16).max).all():
             raise CodesError(

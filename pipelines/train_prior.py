@@ -15,10 +15,10 @@ import torch
 
 import priors
 from pipelines.cluster import ray_cluster
-from pipelines.corpus.holdout import hash_of_key
 from pipelines.fit import Batch, FitConfig, Stream
 from pipelines.options import TENSORBOARD_FOLDER, FitFlags, choose_device
-from pipelines.outputs import RUN_FILE, OutputFolder, require_room, run_record
+from pipelines.outputs import RUN_FILE, OutputFolder, refuse_inside, require_room, run_record
+from pipelines.prior_inputs import BASELINE_CODES, evenly, level_shapes, num_classes, split_rows
 from pipelines.recipes import PRIOR_RECIPES, fit_config, read_tables, shortened
 from pipelines.results import Result, plain_console
 from pipelines.train import FINAL_FILE, Task, Trained, run_job
@@ -33,7 +33,6 @@ from vqmill.settings import did_you_mean
 EVALUATION_LIMIT = 4096  # held-out samples that an evaluation looks at
 ALL_LEVELS = "all"
 POOR_SHARE = 0.25  # of the bits of a code that is used evenly; with fewer a prior is hardly worth training
-BASELINE_CODES = 4_000_000  # of training; more would not move the figures, and take gigabytes
 
 
 class CodeStream:
@@ -104,31 +103,6 @@ class PriorJob:
         return {}
 
 
-def split_rows(codes: Codes, fraction: float) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Rows to train on and rows held out, by the hash of each sample's key; as for tokenizers, one at least is held out.
-
-    Raises:
-        CodesError: nothing is left to train on.
-    """
-    hashes = np.array([hash_of_key(str(key)) for key in codes.sample_keys()], np.uint64)
-    if len(np.unique(hashes)) < 2:
-        raise CodesError(
-            f"{codes.path}: {len(codes)} rows; it takes two samples, one to train on and one to hold out. Tokenize a larger corpus."
-        )
-    threshold = max(np.uint64(int(fraction * 2**64)), hashes.min() + np.uint64(1))
-    held = hashes < threshold
-    if held.all():
-        raise CodesError(
-            f"{codes.path}: --holdout {fraction} keeps all {len(codes):,} rows out of training. Choose a smaller fraction."
-        )
-    return np.flatnonzero(~held), np.flatnonzero(held)
-
-
-def evenly(rows: np.ndarray[Any, Any], limit: int) -> np.ndarray[Any, Any]:
-    """At most so many of the rows, from everywhere among them: a corpus may be sorted by class."""
-    return rows if len(rows) <= limit else rows[np.linspace(0, len(rows) - 1, limit).astype(np.int64)]
-
-
 def train_prior(
     store: Path, out: Path, *, preset: str, config: Path | None, level: str, holdout: float, flags: FitFlags
 ) -> Result:
@@ -136,6 +110,7 @@ def train_prior(
     tables = read_tables(config, ("prior", "fit"))
     if not 0 < holdout < 1:
         raise UsageError(f"--holdout must lie between 0 and 1, got {holdout}.")
+    refuse_inside(out, str(store))
     codes = open_codes(store)
     shapes = level_shapes(codes)
     if level not in (ALL_LEVELS, *codes.levels):
@@ -216,33 +191,6 @@ def _unfinished(out: Path, notes: list[str], level: str, missing: list[str]) -> 
         f"give the same command with --level {missing[0]}, or without --level for the rest; then {out} is made",
     ]
     return Result(lines, Counts(), 0, {"out": str(out), "trained": level, "missing": missing})
-
-
-def level_shapes(codes: Codes) -> list[priors.LevelShape]:
-    """The store's levels as the prior wants them.
-
-    Raises:
-        UsageError: a level is not a two-dimensional grid.
-    """
-    for level in codes.spec.levels:
-        if len(level.grid) != 2:
-            cause = ""
-            if "depth" in level.axes:
-                cause = f"Its codes have {level.grid[0]} residual stages: tokenize with a tokenizer without them (num_quantizers = 1 in [tokenizer]). "
-            raise UsageError(
-                f"{codes.path}: level '{level.name}' has the axes {', '.join(level.axes)} (a row is {'x'.join(map(str, level.grid))}), but a "
-                f"prior models one code at each place, row, y, x. {cause}For a model of your own, read the codes with vqmill.open_codes."
-            )
-    return [
-        priors.LevelShape(level.name, level.codebook_size, (level.grid[0], level.grid[1]))
-        for level in codes.spec.levels
-    ]
-
-
-def num_classes(codes: Codes) -> int:
-    """How many labels there are: the named classes, else one more than the largest label; 0 without labels."""
-    largest = int(codes.labels.max(initial=-1))
-    return 0 if largest < 0 else max(len(codes.class_names), largest + 1)
 
 
 def _baselines(codes: Codes, job: PriorJob) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Models over grids of codes: gated PixelCNN or a small GPT, alone or in a hierarchy, and sampling from them.
 
 Example:
-    prior = priors.from_preset("pixelcnn", [LevelShape("codes", 256, (7, 7))], num_classes=10, tokenizer_fingerprint=...)
+    prior = priors.from_preset("pixelcnn", [LevelShape("codes", 256, (7, 7))], 10, tokenizer.fingerprint)
     step = priors.PriorStep(prior, "codes")        # trained by whoever has an optimizer; then
     priors.save(prior, folder)
     codes = priors.sample(priors.load(folder), num=64, labels=labels, seed=0)
@@ -14,12 +14,12 @@ from priors.blocks import ChannelNorm
 from priors.config import LevelShape, PriorConfig
 from priors.hierarchy import Prior, from_preset
 from priors.level import LevelPrior
-from priors.likelihood import Baselines, baselines, score
+from priors.likelihood import Baselines, baselines, bits_per_code, score
 from priors.network_config import GPTConfig, NetworkConfig, PixelCNNConfig
 from priors.pixelcnn import PixelCNN, PixelConvA, PixelConvB, PixelPosition
 from priors.presets import PRESETS, preset_config
 from priors.running import run, run_to_fixed_point
-from priors.sampling import sample
+from priors.sampling import check_sampling, sample
 from priors.saving import FILE_NAME, load, save
 from priors.selecting import Drawing
 from priors.step import PriorStep
@@ -45,6 +45,8 @@ __all__ = [
     "PriorConfig",
     "PriorStep",
     "baselines",
+    "bits_per_code",
+    "check_sampling",
     "from_preset",
     "load",
     "preset_config",

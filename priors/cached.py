@@ -40,7 +40,7 @@ class GatedSession:
         self._first = _ConvCache(first, batch_size, grid[1], condition)
         self._later = [_cache(layer, batch_size, grid, condition) for layer in later]
         self._row_above = embedding.weight.new_zeros(batch_size, grid[1], embedding.embedding_dim)
-        self._vertical = self._row_above  # of this row, [w, N, depth]; made when it begins
+        self._vertical: Tensor  # of this row, [w, N, depth]; made when it begins
 
     def step(self, previous: Tensor | None) -> Tensor:
         """Logits float [N, K] of the next place, given the codes int64 [N] of the one before (None at the first)."""
@@ -86,7 +86,7 @@ class _ConvCache:
         self._weight = weight[:, :, 0].permute(2, 1, 0).reshape(taps * layer.depth_in, 2 * layer.depth_out).contiguous()
         self._above = weight.new_zeros(batch_size, rows, width, layer.depth_in)
         self._left = weight.new_zeros(batch_size, width + self._sides, layer.depth_in)
-        self._from_above = self._left  # float [w, N, 2 * depth_out]; made when the row begins
+        self._from_above: Tensor  # float [w, N, 2 * depth_out]; made when the row begins
 
     def row(self, row: int, vert: Tensor) -> Tensor:
         """The gated vertical stack of a row, float [N, depth_out, 1, w], of the newest row that it sees, float [N, w, depth_in]."""

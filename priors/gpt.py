@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,10 +42,9 @@ class GPTNetwork(nn.Module):
     Args:
         config: sizes.
         shape: the grid of codes.
-        conditioned: takes no weights of its own here, conditions are added; for the same call as `GatedNetwork`.
     """
 
-    def __init__(self, config: GPTConfig, shape: LevelShape, conditioned: bool) -> None:
+    def __init__(self, config: GPTConfig, shape: LevelShape) -> None:
         super().__init__()
         depth, self.grid = config.depth, shape.grid
         self.embedding = nn.Embedding(shape.codebook_size, depth)
@@ -52,9 +53,12 @@ class GPTNetwork(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(depth)
         self.head = nn.Linear(depth, shape.codebook_size)
-        for layer in self.modules():
+        for name, layer in self.named_modules():  # as in GPT-2
             if isinstance(layer, nn.Linear | nn.Embedding):
-                nn.init.normal_(layer.weight, std=0.02)  # as in GPT-2
+                onto_residual = name.endswith((".mix", ".contract"))
+                nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * config.num_layers if onto_residual else 1))
+            if isinstance(layer, nn.Linear):
+                nn.init.zeros_(layer.bias)
 
     def forward(self, codes: Tensor, condition: Tensor | None) -> Tensor:
         """Logits float [N, K, h, w] of codes int64 [N, h, w], each given those before it and the condition."""

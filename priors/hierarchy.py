@@ -56,7 +56,7 @@ class Prior(nn.Module):
 
 
 def from_preset(
-    name: str, levels: Iterable[LevelShape], num_classes: int, tokenizer_fingerprint: str, **overrides: Any
+    name: str, levels: Iterable[LevelShape], num_classes: int, tokenizer_fingerprint: str, /, **overrides: Any
 ) -> Prior:
     """A new, untrained prior; its weights are drawn from torch's global generator.
 

@@ -40,11 +40,11 @@ class LevelPrior(nn.Module):
         self.upper_names = tuple(upper.name for upper in uppers)
         # Row 0 stands for label -1, so that a label out of its range is an index error and not another label.
         self.label_embedding = nn.Embedding(config.num_classes + 1, depth) if config.num_classes else None
-        conditioned = bool(uppers or config.num_classes)
-        self.network: GatedNetwork | GPTNetwork = (
-            GatedNetwork(network, self.shape, conditioned) if isinstance(network, PixelCNNConfig)
-            else GPTNetwork(network, self.shape, conditioned)
-        )  # fmt: skip
+        self.network: GatedNetwork | GPTNetwork
+        if isinstance(network, PixelCNNConfig):
+            self.network = GatedNetwork(network, self.shape, conditioned=bool(uppers or config.num_classes))
+        else:
+            self.network = GPTNetwork(network, self.shape)
 
     @property
     def device(self) -> torch.device:

@@ -49,9 +49,18 @@ def score(prior: Prior, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         prior: any mode; its mode is kept.
         batch: all levels by name, integers [N, h, w]; `label` int64 [N] unless the prior takes none.
     """
+    return {name: values.flatten(1).double().sum(1) for name, values in bits_per_code(prior, batch).items()}
+
+
+def bits_per_code(prior: Prior, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """How surprising each code is: -log2 of its probability given the label and the codes before it, float32 [N, h, w] by level.
+
+    Args:
+        prior: any mode; its mode is kept.
+        batch: as for `score`.
+    """
     with inference(prior):
-        nats = {name: level_nats(prior.level_prior(name), batch) for name in prior.levels}
-    return {name: values.flatten(1).double().sum(1) / math.log(2) for name, values in nats.items()}
+        return {name: level_nats(prior.level_prior(name), batch) / math.log(2) for name in prior.levels}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from priors.config import LevelShape, PriorConfig
-from priors.network_config import KINDS
+from priors.network_config import KINDS, PixelCNNConfig
 from vqmill.errors import CodesError
 from vqmill.settings import did_you_mean
 
@@ -35,7 +35,8 @@ PRESETS = {
     "pixelcnn-large": Preset(
         "pixelcnn", {"depth": 128, "num_layers": 14, "num_output_blocks": 2, "num_condition_blocks": 4}
     ),
-    # Razavi et al. 2019, for grids of 32 x 32 under 64 x 64: 20 layers of 512, four of the top's followed by attention.
+    # Razavi et al. 2019, for grids of 32 x 32 under 64 x 64: 20 layers of 512, four of the top's followed by attention. There residual
+    # blocks are wider inside (2,048 and 1,024 units); here they have the width of the layers.
     "razavi": Preset(
         "pixelcnn",
         {"depth": 512, "num_layers": 20, "horizontal": 2, "vertical": 2, "attention_every": 5, "num_output_blocks": 20},
@@ -48,7 +49,7 @@ PRESETS = {
 
 
 def preset_config(
-    name: str, levels: Iterable[LevelShape], num_classes: int, tokenizer_fingerprint: str, **overrides: Any
+    name: str, levels: Iterable[LevelShape], num_classes: int, tokenizer_fingerprint: str, /, **overrides: Any
 ) -> PriorConfig:
     """The configuration of a preset for given grids.
 
@@ -69,12 +70,33 @@ def preset_config(
     if unknown := [key for key in own if key not in [shape.name for shape in shapes]]:
         known = ", ".join(shape.name for shape in shapes)
         raise CodesError(f"prior options for level '{unknown[0]}': the levels are {known}.")
+    _check_read(overrides, own, shapes, num_classes)
     networks = []
     for index, shape in enumerate(shapes):
         everywhere = {key: value for key, value in overrides.items() if key not in own}
         given = {**preset.every, **(preset.finer if index else {}), **everywhere, **own.get(shape.name, {})}
-        networks.append(KINDS[preset.kind](**_known(given, preset.kind)))
+        network = KINDS[preset.kind](**_known(given, preset.kind))
+        asked = {**overrides, **own.get(shape.name, {})}
+        if isinstance(network, PixelCNNConfig) and "num_heads" in asked and not network.attention_every:
+            raise CodesError(
+                f"prior option 'num_heads': level '{shape.name}' has no attention. Set attention_every too."
+            )
+        networks.append(network)
     return PriorConfig(shapes, tuple(networks), num_classes, tokenizer_fingerprint, name)
+
+
+def _check_read(
+    overrides: Mapping[str, Any], own: Mapping[str, Mapping[str, Any]], shapes: tuple[LevelShape, ...], num_classes: int
+) -> None:
+    """Refuses values that no level would read."""
+    given = {*overrides, *(key for values in own.values() for key in values)}
+    if not num_classes and "label_dropout" in given:
+        raise CodesError("prior option 'label_dropout': there are no labels to hide. Leave it out.")
+    coarsest = {*own.get(shapes[0].name, {}), *(overrides if len(shapes) == 1 else ())}
+    if "num_condition_blocks" in coarsest:
+        raise CodesError(
+            f"prior option 'num_condition_blocks': level '{shapes[0].name}' is the coarsest, and conditioned on no other. Leave it out."
+        )
 
 
 def _known(values: dict[str, Any], kind: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from priors.level import LevelPrior, inference
+from vqmill.errors import CodesError
 
 Select = Callable[[Tensor, int], Tensor]
 """select(logits float [N, K], position in raster order) -> codes int64 [N]."""
@@ -60,12 +61,18 @@ def run(
 
     Returns:
         int64 [N, h, w], the codes that were selected.
+
+    Raises:
+        CodesError: no such sampler.
     """
     codes = torch.empty(batch_size, level_prior.shape.num_codes, dtype=torch.int64, device=level_prior.device)
+    if sampler not in ("cached", "naive"):
+        raise CodesError(f"sampler: expected cached or naive, found {sampler!r}.")
     with inference(level_prior):
-        naive = sampler == "naive"
         session: Session = (
-            NaiveSession(level_prior, batch_size, condition) if naive else level_prior.session(batch_size, condition)
+            NaiveSession(level_prior, batch_size, condition)
+            if sampler == "naive"
+            else level_prior.session(batch_size, condition)
         )
         previous = None
         for position in range(level_prior.shape.num_codes):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from priors.config import LevelShape
 from priors.hierarchy import Prior
 from priors.level import inference
 from priors.likelihood import score
@@ -53,13 +54,10 @@ def sample(
     Raises:
         CodesError: an argument is out of its range, labels are given to a prior that takes none, or what the drawing needs was not trained.
     """
-    if num < 1 or batch_size < 1:
-        raise CodesError(f"expected num and batch_size of at least 1, found {num} and {batch_size}.")
-    if not 0 <= seed < 2**63:
-        raise CodesError(f"seed: expected a whole number in [0, 2**63), found {seed}.")
-    drawing, labels = drawing or Drawing(), _checked_labels(prior, num, labels)
-    _check_drawing(prior, drawing, labels)
-    given = _checked_given(prior, num, given or {})
+    drawing = drawing or Drawing()
+    check_sampling(prior, num, labels, seed, drawing, given, batch_size)
+    labels = _as_labels(prior, num, labels)
+    given = {name: values.long() for name, values in (given or {}).items()}
     if device is not None:
         prior.to(device)
     total = num * drawing.candidates * sum(level.num_codes for level in prior.config.levels)
@@ -145,29 +143,52 @@ class _Batch:
         return select_and_tell
 
 
-def _checked_labels(prior: Prior, num: int, labels: Tensor | None) -> Tensor | None:
+def check_sampling(
+    prior: Prior, num: int, labels: Tensor | None, seed: int, drawing: Drawing, given: Mapping[str, Tensor] | None = None,
+    batch_size: int = 64,
+) -> None:  # fmt: skip
+    """Refuses what `sample` cannot do, before anything is computed; arguments as there.
+
+    Raises:
+        CodesError: as `sample`.
+    """
+    if num < 1 or batch_size < 1:
+        raise CodesError(f"expected num and batch_size of at least 1, found {num} and {batch_size}.")
+    if not 0 <= seed < 2**63:
+        raise CodesError(f"seed: expected a whole number in [0, 2**63), found {seed}.")
+    _check_labels(prior, num, labels)
+    if drawing.compares:
+        _check_comparison(prior, labels)
+    for name, values in (given or {}).items():
+        _check_given(prior.level_prior(name).shape, num, values)
+
+
+def _as_labels(prior: Prior, num: int, labels: Tensor | None) -> Tensor | None:
     """The labels to condition on: int64 [num], or None for a prior that takes none."""
-    num_classes = prior.config.num_classes
-    if not num_classes:
-        if labels is not None:
-            raise CodesError(
-                "labels were given, but this prior was trained without them. Sample without a label, or train one with."
-            )
+    if not prior.config.num_classes:
         return None
+    return torch.full((num,), -1) if labels is None else labels.long()
+
+
+def _check_labels(prior: Prior, num: int, labels: Tensor | None) -> None:
+    num_classes = prior.config.num_classes
     if labels is None:
-        return torch.full((num,), -1)
+        return
+    if not num_classes:
+        raise CodesError(
+            "labels were given, but this prior was trained without them. Sample without a label, or train one with."
+        )
     if tuple(labels.shape) != (num,) or labels.is_floating_point():
         raise CodesError(f"labels: expected {num} whole numbers, found {labels.dtype} {list(labels.shape)}.")
     wrong = labels[(labels < -1) | (labels >= num_classes)]
     if len(wrong):
         raise CodesError(f"labels: expected 0..{num_classes - 1} (or -1 for any class), found {int(wrong[0])}.")
-    return labels.long()
 
 
-def _check_drawing(prior: Prior, drawing: Drawing, labels: Tensor | None) -> None:
+def _check_comparison(prior: Prior, labels: Tensor | None) -> None:
     """Guidance and candidates compare the model with a label to the model without, so both must have been learned and a label be given."""
-    if not drawing.compares:
-        return
+    if not prior.config.num_classes:
+        raise CodesError("guidance and candidates need labels, and this prior was trained without: leave them out.")
     if labels is None or bool((labels < 0).any()):
         raise CodesError(
             "guidance and candidates compare samples with a label to those without: give every sample a label."
@@ -178,17 +199,13 @@ def _check_drawing(prior: Prior, drawing: Drawing, labels: Tensor | None) -> Non
         )
 
 
-def _checked_given(prior: Prior, num: int, given: Mapping[str, Tensor]) -> Codes:
-    """Known codes as int64; -1 where there are none."""
-    for name, values in given.items():
-        shape = prior.level_prior(name).shape
-        if tuple(values.shape) != (num, *shape.grid) or values.is_floating_point():
-            raise CodesError(
-                f"given codes of level '{name}': expected whole numbers {[num, *shape.grid]}, found {values.dtype} {list(values.shape)}."
-            )
-        wrong = values.long()[(values.long() < -1) | (values.long() >= shape.codebook_size)]
-        if len(wrong):
-            raise CodesError(
-                f"given codes of level '{name}': expected 0..{shape.codebook_size - 1} (or -1 to be drawn), found {int(wrong[0])}."
-            )
-    return {name: values.long() for name, values in given.items()}
+def _check_given(shape: LevelShape, num: int, values: Tensor) -> None:
+    if tuple(values.shape) != (num, *shape.grid) or values.is_floating_point():
+        raise CodesError(
+            f"given codes of level '{shape.name}': expected whole numbers {[num, *shape.grid]}, found {values.dtype} {list(values.shape)}."
+        )
+    wrong = values.long()[(values.long() < -1) | (values.long() >= shape.codebook_size)]
+    if len(wrong):
+        raise CodesError(
+            f"given codes of level '{shape.name}': expected 0..{shape.codebook_size - 1} (or -1 to be drawn), found {int(wrong[0])}."
+        )

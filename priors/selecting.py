@@ -45,6 +45,10 @@ class Drawing:
             raise CodesError(f"guidance: expected a number of at least 0 (1 for none), found {self.guidance}.")
         if self.candidates < 1:
             raise CodesError(f"candidates: expected at least 1, found {self.candidates}.")
+        if self.candidates > 1 and self.temperature == 0:
+            raise CodesError(
+                f"candidates {self.candidates} with temperature 0: all of them would be the same. Raise the temperature."
+            )
 
     @property
     def compares(self) -> bool:
@@ -94,7 +98,8 @@ def gumbel_select(level_prior: LevelPrior, samples: range, seed: int, drawing: D
         if temperature == 0:
             return logits.argmax(dim=1)
         noise = gumbel_noise(seed, level_prior.index, position, samples, size, candidate)
-        kept = _likeliest(logits / temperature, drawing.top_k, drawing.top_p)
+        apart = logits - logits.amax(dim=1, keepdim=True)  # so that a tiny temperature makes -inf of them, never inf
+        kept = _likeliest(apart / temperature, drawing.top_k, drawing.top_p)
         return (kept + noise.to(logits.device)).argmax(dim=1)
 
     return select

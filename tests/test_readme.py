@@ -15,7 +15,7 @@ import vqmill
 from pipelines.cli import app
 from pipelines.fit import FitConfig
 from pipelines.pictures import check_picture
-from pipelines.train_prior import level_shapes
+from pipelines.prior_inputs import level_shapes
 from vqmill.errors import UsageError
 
 ROOT = Path(__file__).parents[1]

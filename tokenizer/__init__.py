@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 
-def from_preset(name: str, **overrides: Any) -> Tokenizer:
+def from_preset(name: str, /, **overrides: Any) -> Tokenizer:
     """A new, untrained tokenizer.
 
     Args:

@@ -30,7 +30,10 @@ def seed_entries(points: Tensor, num_entries: int, generator: torch.Generator, k
     while num_entries > 0:
         if len(newest):
             distances = torch.minimum(distances, (points - newest[nearest(points, newest)]).square().sum(dim=1))
-        newest = points[_draw(distances, min(num_entries, max(1, entries // 16)), generator)]
+        drawn_now = points[_draw(distances, min(num_entries, max(1, entries // 16)), generator)]
+        newest = (
+            drawn_now.unique(dim=0) if distances.max() > 0 else drawn_now
+        )  # equal ones only where no others are left
         if entries == 0:
             distances.fill_(torch.inf)
         entries, num_entries = entries + len(newest), num_entries - len(newest)

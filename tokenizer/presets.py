@@ -46,7 +46,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def preset_config(name: str, **overrides: Any) -> TokenizerConfig:
+def preset_config(name: str, /, **overrides: Any) -> TokenizerConfig:
     """The configuration of a preset; `overrides` are other values for fields of `TokenizerConfig`.
 
     Raises:

@@ -48,10 +48,10 @@ class Poisoned(Pictures):
             yield {"images": images}
 
 
-def make_step() -> tokenizer.TokenizerStep:
+def make_step(quantizer: str = "ema") -> tokenizer.TokenizerStep:
     """The same architecture for all cases."""
     model = tokenizer.from_preset(
-        "rgb32", size=16, codebook_size=16, code_dim=8, hidden_dim=16, residual_dim=8, start_step=3
+        "rgb32", size=16, codebook_size=16, code_dim=8, hidden_dim=16, residual_dim=8, start_step=3, quantizer=quantizer
     )
     return tokenizer.TokenizerStep(model).to(
         memory_format=torch.channels_last
@@ -72,7 +72,7 @@ def main() -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
     context = RankContext(torch.device("cpu"), lambda metrics: None)
     torch.manual_seed(context.rank)  # the ranks begin apart; data-parallel training must bring them together
-    step = make_step()
+    step = make_step("gradient" if case == "gradient" else "ema")
     stream = (Poisoned if case == "poison" else Pictures)(context.rank)
 
     def on_step(done: int, loss: float) -> None:

@@ -49,6 +49,11 @@ def test_two_ranks_agree_to_the_bit(uninterrupted: Path) -> None:
     assert (uninterrupted / "fingerprint-0").read_text() == (uninterrupted / "fingerprint-1").read_text()
 
 
+def test_two_ranks_agree_when_codebooks_are_weights_that_begin_late(tmp_path: Path) -> None:
+    run_ranks(tmp_path, "gradient")
+    assert (tmp_path / "fingerprint-0").read_text() == (tmp_path / "fingerprint-1").read_text()
+
+
 def test_ranks_stop_together_and_know_whose_batch_it_was(tmp_path: Path) -> None:
     run_ranks(tmp_path, "poison")
     errors = [(tmp_path / f"error-{rank}").read_text() for rank in range(2)]

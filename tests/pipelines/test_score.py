@@ -180,7 +180,7 @@ def test_a_store_without_labels(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     store, out = make_store(tmp_path / "codes.zarr", 6, unlabelled=True), tmp_path / "scores"
-    model = toy(num_classes, label_dropout=dropout)
+    model = toy(num_classes, **({"label_dropout": dropout} if num_classes else {}))
     priors.save(model, tmp_path / "prior")
     assert run("score", tmp_path / "prior", store, "--out", out) == 0
     text = "6 of 6 rows have no label and are read as of any class"
@@ -234,7 +234,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_made(
     make, options, words, message = REFUSED[case]
     prior = tmp_path / "prior"
     priors.save(make(**options), prior)
-    monkeypatch.setattr("pipelines.score.level_nats", None)  # would be called
+    monkeypatch.setattr(priors, "bits_per_code", None)  # would be called
     assert run("score", prior, store, "--out", tmp_path / "scores", *words) == 2
     assert message.format(prior=prior) in capsys.readouterr().err
     assert not list(tmp_path.glob("scores*"))

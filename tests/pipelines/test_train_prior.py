@@ -113,6 +113,19 @@ def test_completions_keep_the_upper_part(
         assert picture.width > 3 * 2 * 64  # three panels of two images in a row
 
 
+def test_sampled_stores_know_what_they_are_of(
+    trained: Path, tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ("sample", trained, "--tokenizer", tokenizer_folder)
+    for seed in (1, 2):
+        drawn = ("--num", 4, "--seed", seed, "--codes", tmp_path / f"{seed}.zarr", "--out", tmp_path / f"{seed}.png")
+        assert run(*command, *drawn) == 0
+    completed = ("--rows", "0:4", "--codes", tmp_path / "o.zarr")
+    assert run(*command, "--complete", tmp_path / "1.zarr", *completed, "--out", tmp_path / "a.png") == 0
+    assert run(*command, "--complete", tmp_path / "2.zarr", *completed, "--out", tmp_path / "b.png") == 2
+    assert "exists with other settings" in capsys.readouterr().err
+
+
 def test_options_of_drawing_reach_the_codes(trained: Path, tokenizer_folder: Path, tmp_path: Path) -> None:
     def codes(name: str, *options: object) -> torch.Tensor:
         command = ("sample", trained, "--tokenizer", tokenizer_folder, "--num", 6, "--label", "each", *options)
@@ -133,10 +146,13 @@ def test_options_of_drawing_reach_the_codes(trained: Path, tokenizer_folder: Pat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--rows", "0:4"), "--rows chooses rows of the store that --complete names"),
+        (("--rows", "0:4"), "--rows says what of the store that --complete names"),
         (("--num", 0), "--num must be at least 1"),
         (("--complete", "STORE", "--num", 3), "as many images are made as --rows chooses"),
-        (("--complete", "STORE", "--keep", 1.0), "--keep must lie between 0 and 1"),
+        (("--keep", 0.3), "--keep says what of the store that --complete names is taken"),
+        (("--complete", "STORE", "--keep", 0.9), "keeps 2 of 2 rows of level 'top', and so leaves nothing"),
+        (("--complete", "STORE", "--keep", 0.1), "keeps 0 of 2 rows"),
+        (("--seed", -1), "seed: expected a whole number"),
         (("--complete", "STORE", "--rows", "400:"), "no rows there"),
         (("--complete", "OTHER"), "models the codes of tokenizer"),
         (("--guidance", 2), "give every sample a label"),
@@ -149,7 +165,16 @@ def test_what_cannot_be_sampled_is_refused(
     options: tuple[object, ...], message: str,
 ) -> None:  # fmt: skip
     places = {"STORE": reference, "OTHER": finished_store}
-    command = ["sample", trained, "--tokenizer", tokenizer_folder, "--out", tmp_path / "s.png"]
+    command = [
+        "sample",
+        trained,
+        "--tokenizer",
+        tokenizer_folder,
+        "--codes",
+        tmp_path / "s.zarr",
+        "--out",
+        tmp_path / "s.png",
+    ]
     assert run(*command, *(places.get(str(option), option) for option in options)) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -105,6 +105,28 @@ def test_a_level_can_have_sizes_of_its_own():
         preset_config("pixelcnn", LEVELS, 3, "tok", botom={"depth": 8})
 
 
+@pytest.mark.parametrize(
+    ("num_classes", "options", "message"),
+    [
+        (3, {"num_heads": 2}, "level 'top' has no attention"),
+        (3, {"bottom": {"num_heads": 2}, "top": {"attention_every": 1}}, "level 'bottom' has no attention"),
+        (3, {"top": {"num_condition_blocks": 1}}, "level 'top' is the coarsest"),
+        (0, {"label_dropout": 0.2}, "there are no labels to hide"),
+        (0, {"bottom": {"label_dropout": 0.2}}, "there are no labels to hide"),
+    ],
+)
+def test_options_that_nothing_reads_are_refused(num_classes, options, message):
+    with pytest.raises(CodesError, match=message):
+        preset_config("pixelcnn", LEVELS, num_classes, "tok", **options)
+
+
+def test_options_that_one_level_reads_are_taken():
+    preset_config("pixelcnn", LEVELS, 3, "tok", num_condition_blocks=1, num_heads=2, attention_every=1)
+    preset_config("gpt", LEVELS, 3, "tok", num_heads=2, bottom={"num_condition_blocks": 1})
+    with pytest.raises(CodesError, match="prior option 'levels': expected one of depth"):
+        preset_config("pixelcnn", LEVELS, 3, "tok", levels=3)
+
+
 def test_unknown_names_are_answered_with_the_nearest():
     with pytest.raises(CodesError, match="Did you mean 'pixelcnn'"):
         from_preset("pixelcn", LEVELS, 3, "tok")

@@ -6,6 +6,7 @@ import torch
 from priors import LevelShape, from_preset, run, run_to_fixed_point, sample
 from priors.level import inference
 from priors.selecting import Drawing, clamped, gumbel_select
+from vqmill.errors import CodesError
 
 LEVELS = [LevelShape("top", 5, (3, 4)), LevelShape("bottom", 7, (6, 4))]
 NETWORKS = {
@@ -105,6 +106,11 @@ def test_clamped_places_keep_their_codes_and_move_the_others(toy):
     assert torch.equal(kept[1], free[1])
     assert torch.equal(kept[2].flatten()[:5], free[2].flatten()[:5])
     assert not torch.equal(kept[0, 2:], free[0, 2:])  # after other rows
+
+
+def test_other_samplers_are_refused(toy):
+    with pytest.raises(CodesError, match="expected cached or naive, found 'naiv'"):
+        sample(toy, 1, sampler="naiv")
 
 
 @pytest.mark.parametrize("sampler", ["cached", "naive"])

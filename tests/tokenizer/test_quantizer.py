@@ -126,6 +126,11 @@ def test_seeding_never_draws_a_taken_point_while_others_are_left():
     others = seed_entries(points, 4, seeded(4), known=torch.zeros(1, 2))
     assert not (others == 0).all(dim=1).any()
     assert seed_entries(points[:2], 3, seeded(5)).shape == (3, 2)  # all equal: drawn twice rather than failing
+    values = torch.randn(300, 4, generator=seeded(7))
+    many = values.repeat_interleave(8, dim=0)  # in one round, equal points are drawn once
+    many[:1200] = 5.0
+    entries = seed_entries(many, 140, seeded(8), known=torch.zeros(400, 4))
+    assert len(torch.unique(entries, dim=0)) == 140
     assert seed_entries(points, 0, seeded(6)).shape == (0, 2)
 
 
