@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,9 +17,11 @@ from pipelines.corpus.images import Decoded, Preprocessing
 from pipelines.corpus.plan import Plan
 from pipelines.corpus.problems import BadImage
 from pipelines.corpus.samples import RawSample, read_samples
+from pipelines.outputs import PARTIAL_SUFFIX, SETTINGS_FILE, WORK
 from pipelines.planning import planned
 from pipelines.progress import meter
 from pipelines.results import OK, QUARANTINED, Result
+from pipelines.train import FINAL_FILE
 from vqmill.commits import Commit, Counts
 from vqmill.layout import commit_file, read_spec
 from vqmill.places import Folder
@@ -39,7 +43,18 @@ def inspect(path: str) -> Result:
     for name in ("tokenizer.safetensors", "prior.safetensors"):
         if (place / name).is_file() or (place.name == name and place.is_file()):
             return _inspect_checkpoint(place, prior=name.startswith("prior"))
+    if place.name.endswith(PARTIAL_SUFFIX) and (place / SETTINGS_FILE).is_file():
+        return _inspect_unfinished(place)
     return _inspect_corpus(planned(path))
+
+
+def _inspect_unfinished(path: Path) -> Result:
+    command = json.loads((path / SETTINGS_FILE).read_bytes()).get("command", "a command")
+    trained = sorted(file.parent.name for file in (path / WORK).glob(f"*/{FINAL_FILE}"))
+    lines = [f"{path}: an unfinished run of {command}; give the same command again to go on with it"]
+    if trained:
+        lines.append(f"levels that are trained: {', '.join(trained)}")
+    return Result(lines, facts={"kind": "unfinished", "command": command, "trained": trained})
 
 
 def _inspect_store(path: Path) -> Result:
@@ -102,16 +117,26 @@ def _inspect_checkpoint(path: Path, *, prior: bool) -> Result:
     else:
         import tokenizer as kind
     model = kind.load(path)
-    config = model.config.to_dict()
+    config, facts = model.config.to_dict(), model.config.to_dict()
     name = "prior" if prior else "tokenizer"
     lines = [
         f"{path}: a {name}, preset {config['preset']}, {model.num_parameters:,} parameters, fingerprint {model.fingerprint}"
     ]
+    if prior:
+        lines += _level_lines(config.pop("levels"), config.pop("networks"))
     lines += [f"  {key}: {value}" for key, value in config.items() if key != "preset"]
     return Result(
         lines,
-        facts={"kind": name, "fingerprint": model.fingerprint, "parameters": model.num_parameters, "config": config},
+        facts={"kind": name, "fingerprint": model.fingerprint, "parameters": model.num_parameters, "config": facts},
     )
+
+
+def _level_lines(levels: list[dict[str, Any]], networks: list[dict[str, Any]]) -> list[str]:
+    return [
+        f"  level {level['name']}: {'x'.join(map(str, level['grid']))} codes of {level['codebook_size']}; "
+        + ", ".join(f"{key} {value}" for key, value in network.items())
+        for level, network in zip(levels, networks, strict=True)
+    ]
 
 
 def _inspect_corpus(plan: Plan) -> Result:

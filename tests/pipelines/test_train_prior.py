@@ -64,8 +64,13 @@ def test_levels_by_themselves_give_the_same_prior(
     assert "still to train: top" in printed
     assert "--level top" in printed
     assert not out.exists()
+    assert run("inspect", f"{out}.partial") == 0
+    assert "an unfinished run of train-prior" in (said := capsys.readouterr().out)
+    assert "levels that are trained: bottom" in said
     assert run("train-prior", store, "--out", out, "--level", "bottom", *FLAGS) == 0, "again is no harm"
     assert run("train-prior", store, "--out", out, "--level", "top", *FLAGS) == 0
+    assert run("inspect", out) == 0
+    assert "level bottom: 4x6 codes of 200; kind pixelcnn, depth 32, num_layers 4" in capsys.readouterr().out
     whole, parts = (json.loads((tmp_path / name / "run.json").read_bytes()) for name in ("all", "each"))
     assert whole["fingerprint"] == parts["fingerprint"]
     assert whole["evaluation"] == parts["evaluation"]
