@@ -13,6 +13,8 @@ class ChannelNorm(nn.LayerNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """The normalised features, float [N, C, ...], of the same shape."""
+        if input.ndim == 2:
+            return super().forward(input)
         return super().forward(input.movedim(1, -1)).movedim(-1, 1)
 
 
@@ -24,7 +26,7 @@ class Pointwise(nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Float [N, depth_in, h, w] or [N, depth_in] -> the same with depth_out."""
-        return F.linear(input, self.weight[:, :, 0, 0], self.bias) if input.ndim == 2 else super().forward(input)
+        return F.linear(input, self.weight.flatten(1), self.bias) if input.ndim == 2 else super().forward(input)
 
 
 class ResidualBlock(nn.Module):
