@@ -11,7 +11,7 @@ from torch import Tensor
 from vector_quantize_pytorch import VectorQuantize
 
 import tokenizer
-from benchmarks.measure import Line, Target, compare, duration, medians
+from benchmarks.measure import Line, Target, again, compare, duration, medians
 from benchmarks.resident import status_bytes
 from pipelines.memory import keep_freed_memory
 from tokenizer.search import nearest
@@ -31,7 +31,8 @@ def search(folder: Path) -> Iterator[Line]:
             {
                 "ours": lambda z=z, c=codebook: nearest(z, c),
                 "product": lambda z=z, c=codebook, s=scores: _product(z, c, s),
-            }
+            },
+            clock=again,
         )
         title = f"nearest code, {_name(shape)}, time over that of oneDNN's product alone"
         ratio = found["ours"] / found["product"]
