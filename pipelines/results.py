@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,12 @@ OK, FAILED, USAGE, QUARANTINED = 0, 1, 2, 3
 def plain_console(*, stderr: bool = False) -> Console:
     """A console that prints text as it is: a file named `:100:` is no emoji, `[red]` no colour."""
     return Console(stderr=stderr, soft_wrap=True, highlight=False, markup=False, emoji=False)
+
+
+def say(lines: Iterable[str]) -> None:
+    """Tells people something before the work begins, on stderr: results are on stdout."""
+    for line in lines:
+        plain_console(stderr=True).print(line)
 
 
 def printable(text: str) -> str:

@@ -20,7 +20,7 @@ from pipelines.options import TENSORBOARD_FOLDER, FitFlags, choose_device
 from pipelines.outputs import RUN_FILE, OutputFolder, refuse_inside, require_room, run_record
 from pipelines.prior_inputs import BASELINE_CODES, evenly, level_shapes, num_classes, split_rows
 from pipelines.recipes import PRIOR_RECIPES, fit_config, read_tables, shortened
-from pipelines.results import Result, plain_console
+from pipelines.results import Result, say
 from pipelines.train import FINAL_FILE, Task, Trained, run_job
 from pipelines.training_log import METRICS_FILE
 from vqmill import Codes, open_codes
@@ -144,11 +144,12 @@ def train_prior(
     with OutputFolder(out, settings) as place:
         already = place.finished
         if not already:
+            say(notes)
             wanted = [name for name in jobs if level in (ALL_LEVELS, name) or (place.work / name / FINAL_FILE).exists()]
             with ray_cluster(flags.workers, device) if flags.workers > 1 else nullcontext():  # one Ray for all levels
                 trained = {name: _train_level(jobs[name], place, flags, device) for name in wanted}
             if missing := [name for name in jobs if name not in trained]:
-                return _unfinished(out, notes, level, missing)
+                return _unfinished(out, level, missing)
             prior = priors.Prior(prior_config).eval()
             for name, found in trained.items():
                 priors.PriorStep(prior, name).load_state_dict(found.tensors)
@@ -159,7 +160,7 @@ def train_prior(
             )  # fmt: skip
             write_whole(place.folder / RUN_FILE, canonical_json(record))
             place.finish()
-        return _report(out, notes, already=already)
+        return _report(out, already=already)
 
 
 def _train_level(job: PriorJob, place: OutputFolder, flags: FitFlags, device: str) -> Trained:
@@ -168,7 +169,7 @@ def _train_level(job: PriorJob, place: OutputFolder, flags: FitFlags, device: st
     work.mkdir(exist_ok=True)
     crude = _baselines(open_codes(job.store), job)
     if crude["unigram_bits_per_code"] < POOR_SHARE * crude["uniform_bits_per_code"]:
-        plain_console(stderr=True).print(_poor(job.level, crude))
+        say([_poor(job.level, crude)])
     trained = run_job(
         job, work, workers=flags.workers, device=device, title=f"training the prior: {job.level}",
         tensorboard=place.folder / TENSORBOARD_FOLDER / job.level if flags.tensorboard else None,
@@ -184,9 +185,8 @@ def _poor(level: str, crude: Mapping[str, float]) -> str:
     )
 
 
-def _unfinished(out: Path, notes: list[str], level: str, missing: list[str]) -> Result:
+def _unfinished(out: Path, level: str, missing: list[str]) -> Result:
     lines = [
-        *notes,
         f"level {level}: trained; still to train: {', '.join(missing)}",
         f"give the same command with --level {missing[0]}, or without --level for the rest; then {out} is made",
     ]
@@ -205,10 +205,9 @@ def _baselines(codes: Codes, job: PriorJob) -> dict[str, float]:
     return {f"{name}_bits_per_code": bits for name, bits in asdict(found).items()}
 
 
-def _report(out: Path, notes: list[str], *, already: bool) -> Result:
+def _report(out: Path, *, already: bool) -> Result:
     record = json.loads((out / RUN_FILE).read_bytes())
     lines = [f"{out}: already trained with these settings; nothing to do."] if already else []
-    lines += notes
     lines.append(f"prior {record['fingerprint']}: {record['parameters']:,} parameters")
     for name in (level["name"] for level in record["settings"]["prior"]["levels"]):
         found = record["evaluation"][name]

@@ -25,7 +25,7 @@ from pipelines.outputs import RUN_FILE, OutputFolder, refuse_inside, require_roo
 from pipelines.pictures import Panel, code_panels, good_scale, save_picture, side_by_side
 from pipelines.planning import planned
 from pipelines.recipes import TOKENIZER_RECIPES, fit_config, read_tables, shortened
-from pipelines.results import Result
+from pipelines.results import Result, say
 from pipelines.train import Task, run_job
 from pipelines.training_log import METRICS_FILE
 from vqmill.commits import Counts
@@ -105,6 +105,7 @@ def train_tokenizer(
     require_room(out, _room(job))
     with OutputFolder(out, settings) as place:
         if not place.finished:
+            say(notes)
             trained = run_job(
                 job, place.work, workers=flags.workers, device=device, title="training the tokenizer",
                 tensorboard=place.folder / TENSORBOARD_FOLDER if flags.tensorboard else None,
@@ -126,7 +127,7 @@ def train_tokenizer(
             write_whole(place.folder / RUN_FILE, canonical_json(record))
             write_whole(place.folder / METRICS_FILE, (place.work / METRICS_FILE).read_bytes())
             place.finish()
-        return _report(out, notes, already=place.finished)
+        return _report(out, already=place.finished)
 
 
 def _plan_job(
@@ -218,13 +219,12 @@ def _rows(problems: Mapping[str, Problem]) -> dict[str, dict[str, str]]:
     return {key: {"reason": str(problem.reason), "detail": problem.detail} for key, problem in problems.items()}
 
 
-def _report(out: Path, notes: list[str], *, already: bool) -> Result:
+def _report(out: Path, *, already: bool) -> Result:
     """What the run's own record says, so that a repeated command says the same."""
     record = json.loads((out / RUN_FILE).read_bytes())
     evaluation = record["evaluation"]
     counts = Counts(**record["counts"])
     lines = [f"{out}: already trained with these settings; nothing to do."] if already else []
-    lines += notes
     lines.append(
         f"tokenizer {record['fingerprint']}: {record['parameters']:,} parameters; held out: normalised MSE {evaluation['nmse']:.4f}, "
         f"PSNR {evaluation['psnr']:.2f} dB"

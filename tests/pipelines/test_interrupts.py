@@ -186,7 +186,7 @@ def test_the_command_goes_on_and_remembers_what_it_had_set_aside(
     assert "stopped. What was committed, or saved as a resume point, is kept" in capsys.readouterr().err
     assert not (tmp_path / "stopped").exists()
     assert command("stopped") == 3
-    said = capsys.readouterr().out
+    said = capsys.readouterr().err
     assert len(updates) == 16, "no step is done again"
     assert "a short run, of 16 steps: warmup_steps is 1 instead of 100, start_step is 2 instead of 100" in said
     found = [tokenizer.load(tmp_path / name).fingerprint for name in ("whole", "stopped")]
