@@ -114,7 +114,7 @@ def sample(
     whole = None if asked.whole is None else decode_rows(model, asked.whole, options.batch_size)
     save_picture(out, _picture(images, whole, asked, options, prior.config.num_classes), settings)
     lines = [asked.warning] if asked.warning else []
-    lines.append(f"made {out}: {asked.num} images, seed {options.seed}")
+    lines.append(f"made {out}: {asked.num} images, seed {options.seed}, {_words(options, drawing, asked)}")
     facts: dict[str, Any] = {"out": str(out), "seed": options.seed}
     if (codes := options.codes) is not None:
         _write_codes(codes, spec, arrays, asked.labels, images.shape[-1])
@@ -125,6 +125,19 @@ def sample(
         lines.append(f"made {codes}: {asked.num} rows")
         facts["codes"] = str(codes)
     return Result(lines, Counts(encoded=asked.num), asked.num, facts)
+
+
+def _words(options: SampleOptions, drawing: priors.Drawing, asked: _Asked) -> str:
+    """Labels and drawing in words; of the drawing what differs from the model as it is."""
+    if asked.labels is None:
+        labels = "a prior without labels"
+    elif options.label is not None:
+        labels = f"label {options.label}"
+    else:
+        labels = "the rows' own labels" if asked.source else "any label"
+    plain = asdict(priors.Drawing())
+    changed = [f"{name} {value:g}" for name, value in asdict(drawing).items() if value != plain[name]]
+    return ", ".join([labels, *changed])
 
 
 def _draws(prior: priors.Prior, options: SampleOptions) -> _Asked:
@@ -159,8 +172,8 @@ def _completions(prior: priors.Prior, place: Path, store: Path, options: SampleO
     kept = round(keep * height)
     if not 0 < kept < height:
         raise UsageError(
-            f"--keep {keep:g}: keeps {kept} of {height} rows of level '{prior.levels[0]}', and so leaves nothing to keep or to draw. "
-            f"Take a value between {0.5 / height:.2g} and {1 - 0.5 / height:.2g}."
+            f"--keep {keep:g}: would keep {kept} of the {height} rows of level '{prior.levels[0]}', so that nothing is left to "
+            f"{'draw' if kept else 'keep'}. Take {' or '.join(dict.fromkeys((f'{1 / height:.2f}', f'{1 - 1 / height:.2f}')))}, or between."
         )
     rows = row_range(options.rows or "0:16", len(codes))
     whole = {name: codes[name][rows.start : rows.stop].astype(np.int64) for name in prior.levels}

@@ -211,12 +211,13 @@ def _report(out: Path, *, already: bool) -> Result:
     lines.append(f"prior {record['fingerprint']}: {record['parameters']:,} parameters")
     for name in (level["name"] for level in record["settings"]["prior"]["levels"]):
         found = record["evaluation"][name]
-        crude = ", ".join(
-            f"{key.removesuffix('_bits_per_code')} {bits:.3f}"
-            for key, bits in found.items()
-            if key.endswith("_bits_per_code")
-        )
+        known = {key: found[f"{key}_bits_per_code"] for key in ("uniform", "unigram", "bigram")}
+        crude = ", ".join(f"{key} {bits:.3f}" for key, bits in known.items())
         lines.append(f"level {name}: {found['bits_per_code']:.3f} bits per held-out code ({crude})")
+        if found["bits_per_code"] >= known["bigram"]:
+            lines.append(
+                f"level {name}: it knows less than its codes' left neighbours say (bigram): train for more --steps"
+            )
     lines.append(f"made {out / priors.FILE_NAME}")
     facts = {"out": str(out), "fingerprint": record["fingerprint"], "evaluation": record["evaluation"]}
     return Result(lines, Counts(encoded=record["rows"]), record["rows"], facts)

@@ -29,7 +29,7 @@ def level_nats(level_prior: LevelPrior, batch: Mapping[str, Tensor]) -> Tensor:
         batch: this and all coarser levels by name, integers of any kind [N, h, w]; `label` int64 [N] unless num_classes is 0.
 
     Raises:
-        CodesError: a level or the label is missing from the batch.
+        CodesError: a level or the label is missing from the batch, or a label is none of the classes.
     """
     wanted = [*level_prior.upper_names, level_prior.shape.name, *(["label"] if level_prior.num_classes else [])]
     missing = [name for name in wanted if name not in batch]
@@ -38,8 +38,19 @@ def level_nats(level_prior: LevelPrior, batch: Mapping[str, Tensor]) -> Tensor:
             f"level '{level_prior.shape.name}': the batch lacks {', '.join(missing)}; it has {', '.join(batch)}."
         )
     integers = {name: batch[name].long() for name in wanted}
+    _check_labels(level_prior, integers.get("label"))
     codes = integers[level_prior.shape.name]
     return code_nats(level_prior(codes, level_prior.condition(integers.get("label"), integers)), codes)
+
+
+def _check_labels(level_prior: LevelPrior, labels: Tensor | None) -> None:
+    """Only where it is cheap: a wrong label is an error on a GPU too, but one that says little."""
+    if labels is not None and labels.device.type == "cpu" and len(labels):
+        low, high = int(labels.min()), int(labels.max())
+        if low < -1 or high >= level_prior.num_classes:
+            raise CodesError(
+                f"labels: expected 0..{level_prior.num_classes - 1} (or -1 for any class), found {low if low < -1 else high}."
+            )
 
 
 def score(prior: Prior, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -101,13 +101,14 @@ def trained(reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_completions_keep_the_upper_part(
-    trained: Path, reference: Path, tokenizer_folder: Path, tmp_path: Path
+    trained: Path, reference: Path, tokenizer_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ("sample", trained, "--tokenizer", tokenizer_folder, "--complete", reference)
     assert (
         run(*command, "--rows", "3:7", "--keep", "0.5", "--codes", tmp_path / "s.zarr", "--out", tmp_path / "s.png")
         == 0
     )
+    assert "4 images, seed 0, the rows' own labels" in capsys.readouterr().out.replace("\n", " ")
     whole, found = open_codes(reference), open_codes(tmp_path / "s.zarr")
     assert len(found) == 4
     for level in whole.levels:
@@ -155,8 +156,14 @@ def test_options_of_drawing_reach_the_codes(trained: Path, tokenizer_folder: Pat
         (("--num", 0), "--num must be at least 1"),
         (("--complete", "STORE", "--num", 3), "as many images are made as --rows chooses"),
         (("--keep", 0.3), "--keep says what of the store that --complete names is taken"),
-        (("--complete", "STORE", "--keep", 0.9), "keeps 2 of 2 rows of level 'top', and so leaves nothing"),
-        (("--complete", "STORE", "--keep", 0.1), "keeps 0 of 2 rows"),
+        (
+            ("--complete", "STORE", "--keep", 0.9),
+            "would keep 2 of the 2 rows of level 'top', so that nothing is left to draw. Take 0.50, or between",
+        ),
+        (
+            ("--complete", "STORE", "--keep", 0.1),
+            "would keep 0 of the 2 rows of level 'top', so that nothing is left to keep",
+        ),
         (("--seed", -1), "seed: expected a whole number"),
         (("--complete", "STORE", "--rows", "400:"), "no rows there"),
         (("--complete", "OTHER"), "models the codes of tokenizer"),

@@ -4,8 +4,9 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
-from priors import baselines
+from priors import baselines, score
 from vqmill.errors import CodesError
 
 
@@ -80,3 +81,9 @@ def test_the_bigram_matches_a_plain_loop_in_every_dtype(dtype, held_out):
 def test_bad_codes_are_refused(codes):
     with pytest.raises(CodesError, match="expected codes"):
         baselines(codes, 4)
+
+
+@pytest.mark.parametrize("label", [-2, 3, 99])
+def test_labels_that_are_no_class_are_refused(toy, toy_batch, label):
+    with pytest.raises(CodesError, match=rf"expected 0\.\.2 \(or -1 for any class\), found {label}"):
+        score(toy, toy_batch | {"label": torch.full((6,), label)})
