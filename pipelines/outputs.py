@@ -109,15 +109,15 @@ def _compare(folder: Path, wanted: Mapping[str, Any], advice: str) -> None:
     refuse_other_settings(str(folder), found, wanted, advice)
 
 
-def refuse_inside(out: Path, corpus: str) -> None:
+def refuse_inside(out: Path, source: str, kind: str = "corpus") -> None:
     """Refuses to write into the folder that is being read, a corpus or a store, where the output would become part of it.
 
     Raises:
         UsageError: `out` lies in it.
     """
-    if Path(corpus).is_dir() and out.resolve().is_relative_to(Path(corpus).resolve()):
+    if Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
         raise UsageError(
-            f"--out {out}: lies inside {corpus}, and would be read as a part of it. Choose a place outside."
+            f"--out {out}: lies inside the {kind} {source}, and would be read as a part of it. Choose a place outside."
         )
 
 

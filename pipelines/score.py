@@ -83,7 +83,7 @@ def score(
         raise UsageError(f"--batch-size must be at least 1, got {options.batch_size}.")
     if not 1 <= options.num <= MAX_NUM:
         raise UsageError(f"--num must lie in 1..{MAX_NUM:,}, got {options.num}.")
-    refuse_inside(out, str(store))
+    refuse_inside(out, str(store), "store")
     device = choose_device(options.device)
     prior, codes = priors.load(prior_path), open_codes(store)
     check_store(prior.config, prior_path, codes)

@@ -110,7 +110,7 @@ def train_prior(
     tables = read_tables(config, ("prior", "fit"))
     if not 0 < holdout < 1:
         raise UsageError(f"--holdout must lie between 0 and 1, got {holdout}.")
-    refuse_inside(out, str(store))
+    refuse_inside(out, str(store), "store")
     codes = open_codes(store)
     shapes = level_shapes(codes)
     if level not in (ALL_LEVELS, *codes.levels):

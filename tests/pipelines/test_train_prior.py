@@ -74,6 +74,8 @@ def test_levels_by_themselves_give_the_same_prior(
     whole, parts = (json.loads((tmp_path / name / "run.json").read_bytes()) for name in ("all", "each"))
     assert whole["fingerprint"] == parts["fingerprint"]
     assert whole["evaluation"] == parts["evaluation"]
+    assert run("train-prior", store, "--out", store / "x", *FLAGS) == 2
+    assert f"lies inside the store {store}" in capsys.readouterr().err
     assert run("train-prior", store, "--out", tmp_path / "x", "--level", "botom", *FLAGS) == 2
     assert "--level botom: expected top, bottom, all. Did you mean 'bottom'?" in capsys.readouterr().err
 
