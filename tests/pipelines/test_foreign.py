@@ -218,7 +218,7 @@ def test_evaluate_gives_the_figures_of_any_tokenizer(
     assert run(*command) == 0
     printed = capsys.readouterr().out
     assert f"{module} (tokenizer means-1) on" in printed
-    assert "looked at: all images: what it was trained on is not known\n" in printed
+    assert "looked at: the first 20 of all images: what it was trained on is not known\n" in printed
     found = json.loads(printed.splitlines()[-1])
     walk = walk_images(plan_corpus(scenes), Preprocessing(size=16), None, {}, 20)
     images = torch.from_numpy(np.stack([image.pixels for image in walk]))
