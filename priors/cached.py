@@ -87,14 +87,13 @@ class _ConvCache:
         vertical, horizontal, across = layer.vertical_conv, layer.horizontal_conv, layer.vert_to_horiz
         rows, taps, self._sides = vertical.kernel_size[0], horizontal.kernel_size[1], layer.horizontal
         depth_in, depth = layer.depth_in, layer.depth_out
-        assert vertical.bias is not None and horizontal.bias is not None and across.bias is not None
         weight = horizontal.weight  # [2 * depth, depth_in, 1, taps]
         twice = weight.new_tensor([2, 1]).repeat_interleave(depth)
         # Channels last in memory, as all here: oneDNN is quickest so.
         self._kernel = (vertical.weight * twice[:, None, None, None]).contiguous(memory_format=torch.channels_last)
-        self._kernel_bias = vertical.bias * twice
+        self._kernel_bias = _bias(vertical) * twice
         self._across = across.weight[:, :, 0, 0] * twice[:, None] / twice
-        self._across_bias = (across.bias + horizontal.bias) * twice
+        self._across_bias = (_bias(across) + _bias(horizontal)) * twice
         self._weight = (
             weight[:, :, 0].permute(2, 1, 0).flatten(0, 1) * twice
         ).contiguous()  # [taps * depth_in, 2 * depth]
@@ -103,8 +102,7 @@ class _ConvCache:
             maps = condition[:, :, None, None] if condition.ndim == 2 else condition
             self._condition = maps.permute(2, 0, 3, 1)  # [h or 1, N, w or 1, depth]
             link, both = layer.cond_layer, twice.repeat(2)
-            assert link.bias is not None
-            self._known = link.weight[:, :, 0, 0] * both[:, None], link.bias * both
+            self._known = link.weight[:, :, 0, 0] * both[:, None], _bias(link) * both
         self._above = weight.new_zeros(batch_size, rows, width, depth_in)
         left = weight.new_zeros(batch_size, self._sides + width, depth_in)
         self._slots = left[:, self._sides :].unbind(1)
@@ -143,8 +141,7 @@ class _LaterConvCache:
 
     def __init__(self, layer: PixelConvB, batch_size: int, width: int, condition: Tensor | None) -> None:
         self._layer, self._conv = layer, _ConvCache(layer, batch_size, width, condition)
-        assert layer.horiz_residual.bias is not None
-        self._residual, self._bias = layer.horiz_residual.weight[:, :, 0, 0].T.contiguous(), layer.horiz_residual.bias
+        self._residual, self._bias = layer.horiz_residual.weight[:, :, 0, 0].T.contiguous(), _bias(layer.horiz_residual)
 
     def row(self, row: int, vert: Tensor) -> Tensor:
         """See `_Cache`."""
@@ -201,3 +198,8 @@ def _cache(layer: nn.Module, batch_size: int, grid: tuple[int, int], condition: 
     if isinstance(layer, PixelAttention):
         return _AttentionCache(layer, batch_size, grid[0] * grid[1])
     raise TypeError(f"no cached form of {type(layer).__name__} is known")
+
+
+def _bias(conv: nn.Conv2d) -> Tensor:
+    assert conv.bias is not None
+    return conv.bias
