@@ -125,8 +125,7 @@ def train_prior(
         raise UsageError(str(error)) from error
     recipe = PRIOR_RECIPES[preset]
     fit = fit_config(recipe, tables["fit"], flags.fit())
-    usual_warmup = tables["fit"].get("warmup_steps", recipe.warmup_steps)
-    notes = shortened(fit.steps, warmup_steps=(usual_warmup, fit.warmup_steps))
+    notes = shortened(recipe, tables["fit"], fit)
     fit.rank_batch(flags.workers)
     flags.check()
     device = choose_device(flags.device)
