@@ -21,7 +21,7 @@ from pipelines.foreign import FLAG, ForeignTokenizer, load_tokenizer
 from pipelines.gallery import Exhibit, Gallery
 from pipelines.learned import LearnedMeasures
 from pipelines.options import Device, Precision, choose_device
-from pipelines.outputs import RUN_FILE, SETTINGS_FILE, OutputFolder, refuse_inside, run_record
+from pipelines.outputs import RUN_FILE, OutputFolder, refuse_inside, run_record
 from pipelines.pictures import save_picture
 from pipelines.planning import planned
 from pipelines.progress import meter
@@ -31,7 +31,7 @@ from tokenizer.frechet import DIMENSIONS
 from tokenizer.protocol import ImageTokenizer, level_specs
 from vqmill.commits import Counts
 from vqmill.errors import CodesError, UsageError
-from vqmill.files import canonical_json, write_whole
+from vqmill.files import SETTINGS_FILE, canonical_json, write_whole
 from vqmill.layout import parquet_bytes
 from vqmill.usage import title
 

@@ -16,10 +16,9 @@ from types import TracebackType
 from typing import Any
 
 from vqmill.errors import UsageError
-from vqmill.files import PARTIAL_SUFFIX, canonical_json, hold_lock, sync_folder, write_whole
+from vqmill.files import PARTIAL_SUFFIX, SETTINGS_FILE, canonical_json, hold_lock, sync_folder, write_whole
 from vqmill.settings import refuse_other_settings
 
-SETTINGS_FILE = "settings.json"
 RUN_FILE = "run.json"
 WORK = "work"
 MARGIN_BYTES = 64 * 1024 * 1024  # what a job may need beside its main output: logs, tables, Ray's session

@@ -21,6 +21,7 @@ from pipelines.corpus.grouping import Tally, walk_samples
 from pipelines.corpus.names import text_of
 from pipelines.corpus.problems import CorpusError
 from pipelines.corpus.published import PREFIX, IdxFiles, find_published
+from vqmill.kinds import held_by, kind_of
 
 FILES_PER_SHARD = 256
 ROWS_PER_SHARD = 1024
@@ -195,6 +196,8 @@ def plan_corpus(corpus: str, progress: Callable[[int, int], None] | None = None)
 
 def _plan_folder(corpus: str, progress: Callable[[int, int], None] | None) -> Plan:
     root = Path(corpus).absolute()
+    if kind_of(root):  # the pictures in it are no corpus
+        raise CorpusError(f"{corpus}: not a corpus: {held_by(Path(corpus))}. A corpus is {FORMS}.")
     scan = scan_folder(root)
     if scan.tars and not scan.images:
         return _plan_tars(corpus, [str(root / file.path) for file in scan.tars], scan.skipped, progress)

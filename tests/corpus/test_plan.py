@@ -185,6 +185,7 @@ def test_what_changes_after_planning_is_a_row(folder: Path, shards: Path) -> Non
         ("{tmp}/y*.tar", "nothing matches"),
         ("{tmp}/{{0.tar", "never closed"),
         ("{tmp}/empty", "no sample in it"),
+        ("{tmp}/tok", "tok: not a corpus: it holds a tokenizer. A corpus is a folder of images"),
         ("{tmp}/text", r"passed over: 1 x not an image: \.txt, 1 x packed tar: \.tar\.gz"),
         ("{tmp}/text/a.txt", "not a .tar"),
         ("{tmp}/{{empty,text}}", "is a folder"),
@@ -203,6 +204,9 @@ def test_errors_say_what_to_do(tmp_path: Path, corpus: str, message: str) -> Non
     (tmp_path / "text" / "a.txt").touch()
     (tmp_path / "text" / "b.tar.gz").touch()
     (tmp_path / "z.tar").write_bytes(bytes(10240))
+    (tmp_path / "tok").mkdir()
+    for name in ("tokenizer.safetensors", "reconstructions.png"):
+        (tmp_path / "tok" / name).touch()
     with pytest.raises(CorpusError, match=message):
         plan_corpus(corpus.format(tmp=tmp_path))
     assert issubclass(CorpusError, CodesError)
