@@ -118,12 +118,13 @@ def tokenize(
 
 @app.command
 def inspect(path: str, /, *, common: Common = Common()) -> int:
-    """Say what something is: a corpus, a code store, a tokenizer or a prior.
+    """Say what something is: a corpus, a code store, a tokenizer, a prior, an evaluation or scores, and which command made it.
 
-    A corpus is read and decoded whole: counts, sizes, labels, and what would be quarantined and why.
+    A corpus is read and decoded whole: counts, sizes, labels, and what would be quarantined and why. Of a stopped run it says how far
+    it is, and which command goes on with it.
 
     Args:
-        path: a corpus as for tokenize, a store, or a folder that a train command wrote.
+        path: a corpus as for tokenize, a store, or a folder that another command wrote or has begun to write.
     """
     from pipelines.inspect import inspect as job
 
