@@ -17,7 +17,7 @@ from pipelines.corpus.plan import Plan
 from pipelines.corpus.problems import BadImage
 from pipelines.corpus.samples import RawSample, read_samples
 from pipelines.inspect_runs import inspect_evaluation, inspect_scores, inspect_unfinished, made_by
-from pipelines.outputs import recorded_command
+from pipelines.outputs import disk_bytes, recorded_command
 from pipelines.planning import planned
 from pipelines.progress import meter
 from pipelines.results import OK, QUARANTINED, Result
@@ -64,7 +64,7 @@ def _inspect_store(path: Path) -> Result:
             for first in range(0, len(codes), BLOCK_ROWS):
                 usage.add(level.name, codes[level.name][first : first + BLOCK_ROWS])
                 show(number * len(codes) + min(len(codes), first + BLOCK_ROWS), total)
-    disk = sum(file.stat().st_size for level in codes.levels for file in (path / level).rglob("*") if file.is_file())
+    disk = sum(disk_bytes(path / level) for level in codes.levels)
     raw = len(codes) * spec.row_bytes
     labels = codes.labels
     labelled = int((labels != MISSING_LABEL).sum())

@@ -144,6 +144,11 @@ def require_room(path: Path, needed_bytes: int) -> None:
         )
 
 
+def disk_bytes(folder: Path) -> int:
+    """What the files below a folder hold, bytes."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
 def run_record(**facts: Any) -> dict[str, Any]:
     """What is written beside every output: when, with which versions, from which commit, and the caller's facts."""
     packages = ("vqmill", "torch", "torchvision", "zarr", "numcodecs", "ray", "pyarrow", "pillow", "numpy")
