@@ -30,10 +30,15 @@ from vqmill.spec import MOST_ROWS_PER_SHARD, LevelSpec
 
 def tokenize(
     corpus: str, tokenizer_path: Path | None, out: Path, *, module: str | None, size: int | None, workers: int | None, batch_size: int, shard_rows: int | None,
-    codec: Codec, precision: Precision, device: Device, dry_run: bool,
+    codec: Codec, precision: Precision, device: Device, dry_run: bool, limit: int | None = None,
 ) -> Result:  # fmt: skip
     """Runs the command; see `vqmill tokenize --help`."""
-    for flag, value in (("--workers", workers), ("--batch-size", batch_size), ("--shard-rows", shard_rows)):
+    for flag, value in (
+        ("--workers", workers),
+        ("--batch-size", batch_size),
+        ("--shard-rows", shard_rows),
+        ("--limit", limit),
+    ):
         if value is not None and value < 1:
             raise UsageError(f"{flag} must be at least 1, got {value}.")
     if shard_rows is not None and shard_rows > MOST_ROWS_PER_SHARD:
@@ -53,6 +58,8 @@ def tokenize(
     )  # fmt: skip
     refuse_inside(out, corpus)
     plan = planned(corpus)
+    if limit is not None:
+        plan = plan.first_samples(limit)
     if dry_run:
         return _dry_run(plan, model, out, options)
 
