@@ -11,6 +11,7 @@ from vqmill.files import PARTIAL_SUFFIX, SETTINGS_FILE, JsonValue
 
 Kind = Literal["store", "zarr", "tokenizer", "prior", "evaluation", "scores", "unfinished"]
 STORE_FILE = "zarr.json"
+MAX_BYTES = 16 * 1024 * 1024  # of a JSON file that is looked into
 CHECKPOINT_FILES: dict[Literal["tokenizer", "prior"], str] = {
     "tokenizer": "tokenizer.safetensors",
     "prior": "prior.safetensors",
@@ -40,7 +41,7 @@ def kind_of(path: Path) -> Kind | None:
     if path.name.endswith(PARTIAL_SUFFIX) and (path / SETTINGS_FILE).is_file():
         return "unfinished"
     if (path / STORE_FILE).is_file():
-        return "store" if b'"vqmill"' in (path / STORE_FILE).read_bytes() else "zarr"
+        return "store" if b'"vqmill"' in _beginning(path / STORE_FILE) else "zarr"
     for kind, name in CHECKPOINT_FILES.items():
         if (path / name).is_file() or (path.name == name and path.is_file()):
             return kind
@@ -50,11 +51,17 @@ def kind_of(path: Path) -> Kind | None:
 def command_of(folder: Path) -> str | None:
     """The command whose output, finished or not, a folder is, as the settings in it say; None where they do not."""
     try:
-        settings: JsonValue = json.loads((folder / SETTINGS_FILE).read_bytes())
+        settings: JsonValue = json.loads(_beginning(folder / SETTINGS_FILE))
     except (OSError, ValueError, RecursionError):
         return None
     command = settings.get("command") if isinstance(settings, dict) else None
     return command if isinstance(command, str) else None
+
+
+def _beginning(file: Path) -> bytes:
+    """All of a file that may be ours: ours are small, others' are not to be held in memory."""
+    with file.open("rb") as opened:
+        return opened.read(MAX_BYTES)
 
 
 def unfinished_of(out: Path) -> Path | None:
@@ -83,7 +90,7 @@ def wrong_place(path: Path, expected: Literal["store", "tokenizer", "prior"]) ->
     if path.exists():
         found = f"not a {noun}: {held_by(path)}"
     elif partial := unfinished_of(path):
-        found = f"no such {noun} yet, but {partial}: {held_by(partial)}"
+        found = f"no such {noun}, but {partial} {held_by(partial).removeprefix('it ')}"
     else:
         found = f"no such {noun}"
     return UsageError(f"{path}: {found}. Expected {_EXPECTED[expected]}.")

@@ -87,9 +87,7 @@ def test_files_are_told_too(places):
 def test_what_is_not_there_leads_to_the_unfinished_run(places, tmp_path):
     out = tmp_path / "run"
     assert unfinished_of(out) == places["run.partial"]
-    expected = (
-        f"{out}: no such prior yet, but {out}.partial: it holds an unfinished run of train-prior; see: vqmill inspect"
-    )
+    expected = f"{out}: no such prior, but {out}.partial holds an unfinished run of train-prior; see: vqmill inspect"
     assert expected in str(wrong_place(out, "prior"))
     assert str(wrong_place(tmp_path / "nowhere", "store")).startswith(
         f"{tmp_path / 'nowhere'}: no such code store. Exp"
