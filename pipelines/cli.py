@@ -85,7 +85,7 @@ def evaluate(
 @app.command
 def tokenize(
     corpus: str, /, *, tokenizer: Path | None = None, tokenizer_module: str | None = None, out: Path, size: int | None = None, workers: int | None = None, batch_size: int = 32,
-    shard_rows: int | None = None, codec: Codec = "auto", precision: Precision = "fp32", device: Device = "auto",
+    shard_rows: int | None = None, codec: Codec = "auto", precision: Precision = "fp32", device: Device = "auto", limit: int | None = None,
     dry_run: Annotated[bool, Parameter(negative="")] = False, common: Common = Common(),
 ) -> int:  # fmt: skip
     """Send a corpus through a tokenizer into a code store.
@@ -106,24 +106,26 @@ def tokenize(
         codec: how chunks are compressed; auto takes the smallest on the first Zarr shard.
         precision: bf16 is faster on GPUs and changes some codes; recorded in the store.
         device: auto takes GPUs if there are any.
+        limit: take the first so many samples of the corpus only. A larger limit later, or none, appends the next ones.
         dry_run: say what would be done and how large it would be, and stop.
     """
     from pipelines.tokenize_command import tokenize as job
 
     return run(common, lambda: job(
         corpus, tokenizer, out, module=tokenizer_module, size=size, workers=workers, batch_size=batch_size, shard_rows=shard_rows, codec=codec,
-        precision=precision, device=device, dry_run=dry_run,
+        precision=precision, device=device, dry_run=dry_run, limit=limit,
     ))  # fmt: skip
 
 
 @app.command
 def inspect(path: str, /, *, common: Common = Common()) -> int:
-    """Say what something is: a corpus, a code store, a tokenizer or a prior.
+    """Say what something is: a corpus, a code store, a tokenizer, a prior, an evaluation or scores, and which command made it.
 
-    A corpus is read and decoded whole: counts, sizes, labels, and what would be quarantined and why.
+    A corpus is read and decoded whole: counts, sizes, labels, and what would be quarantined and why. Of a stopped run it says how far
+    it is, and which command goes on with it.
 
     Args:
-        path: a corpus as for tokenize, a store, or a folder that a train command wrote.
+        path: a corpus as for tokenize, a store, or a folder that another command wrote or has begun to write.
     """
     from pipelines.inspect import inspect as job
 

@@ -143,7 +143,7 @@ def original_images(plan: Plan, codes: Codes, rows: range, size: int, channels: 
 def _plan_of(codes: Codes, corpus: str) -> Plan:
     segments = codes.spec.segments
     plan = plan_corpus(corpus).cut_at([segment.num_samples for segment in segments])
-    if not segments or plan.digest != segments[-1].plan:
+    if not segments or plan.digest_of_first(segments[-1].input_shards) != segments[-1].plan:
         raise UsageError(
             f"--originals {corpus}: not the corpus that {codes.path} was made from ({codes.spec.corpus.get('description')})."
         )

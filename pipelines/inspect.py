@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -17,12 +16,14 @@ from pipelines.corpus.images import Decoded, Preprocessing
 from pipelines.corpus.plan import Plan
 from pipelines.corpus.problems import BadImage
 from pipelines.corpus.samples import RawSample, read_samples
-from pipelines.outputs import PARTIAL_SUFFIX, SETTINGS_FILE, WORK
+from pipelines.inspect_runs import inspect_evaluation, inspect_scores, inspect_unfinished, made_by
+from pipelines.outputs import disk_bytes, recorded_command
 from pipelines.planning import planned
 from pipelines.progress import meter
 from pipelines.results import OK, QUARANTINED, Result
-from pipelines.train import FINAL_FILE
+from pipelines.tokenize_command import run_file
 from vqmill.commits import Commit, Counts
+from vqmill.kinds import kind_of, unfinished_of
 from vqmill.layout import commit_file, read_spec
 from vqmill.places import Folder
 from vqmill.spec import MISSING_LABEL, StoreSpec
@@ -37,24 +38,20 @@ BLOCK_ROWS = 65_536
 
 def inspect(path: str) -> Result:
     """Runs the command; see `vqmill inspect --help`."""
-    place = Path(path)
-    if (place / "zarr.json").is_file():
-        return _inspect_store(place)
-    for name in ("tokenizer.safetensors", "prior.safetensors"):
-        if (place / name).is_file() or (place.name == name and place.is_file()):
-            return _inspect_checkpoint(place, prior=name.startswith("prior"))
-    if place.name.endswith(PARTIAL_SUFFIX) and (place / SETTINGS_FILE).is_file():
-        return _inspect_unfinished(place)
-    return _inspect_corpus(planned(path))
-
-
-def _inspect_unfinished(path: Path) -> Result:
-    command = json.loads((path / SETTINGS_FILE).read_bytes()).get("command", "a command")
-    trained = sorted(file.parent.name for file in (path / WORK).glob(f"*/{FINAL_FILE}"))
-    lines = [f"{path}: an unfinished run of {command}; give the same command again to go on with it"]
-    if trained:
-        lines.append(f"levels that are trained: {', '.join(trained)}")
-    return Result(lines, facts={"kind": "unfinished", "command": command, "trained": trained})
+    place = unfinished_of(Path(path)) or Path(path)
+    match kind_of(place):
+        case "store" | "zarr":
+            return _inspect_store(place)
+        case "tokenizer" | "prior" as kind:
+            return _inspect_checkpoint(place, kind)
+        case "evaluation":
+            return inspect_evaluation(place)
+        case "scores":
+            return inspect_scores(place)
+        case "unfinished":
+            return inspect_unfinished(place)
+        case None:
+            return _inspect_corpus(planned(path))
 
 
 def _inspect_store(path: Path) -> Result:
@@ -67,12 +64,12 @@ def _inspect_store(path: Path) -> Result:
             for first in range(0, len(codes), BLOCK_ROWS):
                 usage.add(level.name, codes[level.name][first : first + BLOCK_ROWS])
                 show(number * len(codes) + min(len(codes), first + BLOCK_ROWS), total)
-    disk = sum(file.stat().st_size for level in codes.levels for file in (path / level).rglob("*") if file.is_file())
+    disk = sum(disk_bytes(path / level) for level in codes.levels)
     raw = len(codes) * spec.row_bytes
     labels = codes.labels
     labelled = int((labels != MISSING_LABEL).sum())
     quarantine = codes.quarantine()
-    state = "complete" if spec.complete else "UNFINISHED: run the same `vqmill tokenize` command to finish it"
+    state = "complete" if spec.complete else "UNFINISHED: run the command that made it again to finish it"
     lines = [
         f"{path}: a code store, {state}: {len(codes):,} rows in {spec.num_commits} Zarr shards of {spec.rows_per_shard:,}",
         _origin(spec),
@@ -86,6 +83,8 @@ def _inspect_store(path: Path) -> Result:
         f"  {row['reason']}: {row['source']}: {row['key']} ({row['detail']})"
         for row in quarantine.slice(0, LISTED).to_pylist()
     ]
+    if command := recorded_command(run_file(path), path):
+        lines.append(f"made by: {command}")
     facts = {
         "kind": "store",
         "complete": spec.complete,
@@ -111,23 +110,22 @@ def _origin(spec: StoreSpec) -> str:
     return f"made from {spec.corpus.get('description')} by tokenizer {fingerprint} ({made})"
 
 
-def _inspect_checkpoint(path: Path, *, prior: bool) -> Result:
-    if prior:
-        import priors as kind
+def _inspect_checkpoint(path: Path, kind: Literal["tokenizer", "prior"]) -> Result:
+    if kind == "prior":
+        import priors as package
     else:
-        import tokenizer as kind
-    model = kind.load(path)
+        import tokenizer as package
+    model = package.load(path)
     config, facts = model.config.to_dict(), model.config.to_dict()
-    name = "prior" if prior else "tokenizer"
     lines = [
-        f"{path}: a {name}, preset {config['preset']}, {model.num_parameters:,} parameters, fingerprint {model.fingerprint}"
+        f"{path}: a {kind}, preset {config['preset']}, {model.num_parameters:,} parameters, fingerprint {model.fingerprint}"
     ]
-    if prior:
+    if kind == "prior":
         lines += _level_lines(config.pop("levels"), config.pop("networks"))
     lines += [f"  {key}: {value}" for key, value in config.items() if key != "preset"]
     return Result(
-        lines,
-        facts={"kind": name, "fingerprint": model.fingerprint, "parameters": model.num_parameters, "config": facts},
+        [*lines, *made_by(path if path.is_dir() else path.parent)],
+        facts={"kind": kind, "fingerprint": model.fingerprint, "parameters": model.num_parameters, "config": facts},
     )
 
 

@@ -117,17 +117,19 @@ def level_fits(
     return {level: fit_config(recipe, {**everywhere, **own.get(level, {})}, flags, device) for level in levels}
 
 
-def shortened(steps: int, **lengths: tuple[int, int]) -> list[str]:
+def shortened(recipe: FitConfig, table: Mapping[str, Any], fit: FitConfig, **lengths: tuple[int, int]) -> list[str]:
     """One line about what a short run has cut, or none.
 
-    >>> shortened(50, warmup_steps=(100, 5), start_step=(4, 4))
-    ['a short run, of 50 steps: warmup_steps is 5 instead of 100 (--config can set it)']
-
     Args:
-        steps: of the run.
-        lengths: by name of an option, what the preset has and what is taken.
+        recipe: of the preset.
+        table: the TOML table `[fit]`; what it says is not cut.
+        fit: what `fit_config` made of both.
+        lengths: what else there is: by name of an option, what the preset has and what is taken.
     """
+    lengths = {"warmup_steps": (table.get("warmup_steps", recipe.warmup_steps), fit.warmup_steps), **lengths}
     cut = [f"{name} is {taken} instead of {usual}" for name, (usual, taken) in lengths.items() if taken < usual]
     if not cut:
         return []
-    return [f"a short run, of {steps} steps: {', '.join(cut)} (--config can set {'it' if len(cut) == 1 else 'them'})"]
+    return [
+        f"a short run, of {fit.steps} steps: {', '.join(cut)} (--config can set {'it' if len(cut) == 1 else 'them'})"
+    ]

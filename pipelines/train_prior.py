@@ -164,8 +164,7 @@ def train_prior(
 
 def _notes(recipe: FitConfig, table: Mapping[str, Any], fits: Mapping[str, FitConfig]) -> list[str]:
     """What a short run has cut, once for all levels that it holds for."""
-    usual = {name: {**table, **table.get(name, {})}.get("warmup_steps", recipe.warmup_steps) for name in fits}
-    lines = [shortened(fit.steps, warmup_steps=(usual[name], fit.warmup_steps)) for name, fit in fits.items()]
+    lines = [shortened(recipe, {**table, **table.get(name, {})}, fit) for name, fit in fits.items()]
     return list(dict.fromkeys(line for found in lines for line in found))
 
 

@@ -58,16 +58,5 @@ class Prior(nn.Module):
 def from_preset(
     name: str, levels: Iterable[LevelShape], num_classes: int, tokenizer_fingerprint: str, /, **overrides: Any
 ) -> Prior:
-    """A new, untrained prior; its weights are drawn from torch's global generator.
-
-    Args:
-        name: a key of `PRESETS`.
-        levels: the grids of codes, coarse to fine.
-        num_classes: labels lie in [0, num_classes); 0 for a prior that takes no label.
-        tokenizer_fingerprint: the tokenizer whose codes are modelled.
-        **overrides: other values for fields of the networks; see `preset_config`.
-
-    Raises:
-        CodesError: unknown preset or field (the nearest name is suggested), or a value out of its range.
-    """
+    """A new, untrained prior of a preset; see `preset_config` for what is given and raised. Its weights are drawn from torch's global generator."""
     return Prior(preset_config(name, levels, num_classes, tokenizer_fingerprint, **overrides))

@@ -8,9 +8,10 @@ from priors.config import PriorConfig
 from priors.hierarchy import Prior
 from vqmill.checkpoint import build_module, load_checkpoint, save_checkpoint
 from vqmill.errors import CodesError
+from vqmill.kinds import CHECKPOINT_FILES, checkpoint_file
 
-FILE_NAME = "prior.safetensors"
 KIND = "prior"
+FILE_NAME = CHECKPOINT_FILES[KIND]
 
 
 def save(prior: Prior, folder: Path | str) -> Path:
@@ -31,8 +32,7 @@ def load(path: Path | str) -> Prior:
     Raises:
         CodesError: the file is missing, damaged, not a prior, or its weights are not those that its fingerprint names.
     """
-    path = Path(path)
-    file = path / FILE_NAME if path.is_dir() else path
+    file = checkpoint_file(path, KIND)
     tensors, metadata = load_checkpoint(file)
     if metadata.get("kind") != KIND:
         raise CodesError(f"{file}: expected a prior, found a checkpoint of kind {metadata.get('kind')!r}.")
@@ -40,6 +40,11 @@ def load(path: Path | str) -> Prior:
     if not isinstance(config, dict):
         raise CodesError(
             f"{file}: the prior's configuration is missing from the metadata. Restore the file from a copy."
+        )
+    if "networks" not in config:
+        raise CodesError(
+            f"{file}: made by an earlier version of vqmill, when all levels had one network's sizes; it cannot be read any more. Train it "
+            "again on its store: vqmill train-prior STORE --out DIR"
         )
     try:
         parsed = PriorConfig.from_dict(config)

@@ -17,6 +17,7 @@ from zarr.storage import MemoryStore
 
 from vqmill.errors import CodesError, UsageError
 from vqmill.files import JsonValue, canonical_json, sealed
+from vqmill.kinds import STORE_FILE, wrong_place
 from vqmill.places import Folder, Place, read_file
 from vqmill.spec import CODECS, LABEL_FILL, MISSING_LABEL, LevelSpec, StoreSpec
 
@@ -185,15 +186,8 @@ def read_spec(store: Path) -> StoreSpec:
     Raises:
         CodesError: not a folder, no store, too large, not JSON, or not one of ours.
     """
-    path = store / "zarr.json"
-    if not store.exists():
-        raise UsageError(
-            f"{store}: no such code store. Make one with: vqmill tokenize CORPUS --tokenizer DIR --out {store}"
-        )
-    if not path.is_file():
-        raise UsageError(
-            f"{store}: not a code store (it has no zarr.json). Expected a folder that `vqmill tokenize` wrote."
-        )
+    if not (store / STORE_FILE).is_file():
+        raise wrong_place(store, "store")
     return read_spec_at(Folder(store))
 
 

@@ -7,7 +7,7 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import BinaryIO, TypeVar
 
 import numpy as np
@@ -98,9 +98,9 @@ def load_sample(shard: InputShard, ref: SampleRef) -> RawSample:
     if ref.problem is not None:
         return RawSample(ref.key, ref.source, ref.index, problem=ref.problem)
     match shard.content:
-        case TarFile(path=path):
+        case TarFile(path=path, whole=whole):
             assert isinstance(ref.place, TarSample)
-            return _load_from_tar(shard, path, ref.place)
+            return _load_from_tar(whole or shard, path, ref.place)
         case FileBundle(root=root):
             assert isinstance(ref.place, ImageFile)
             return _load_file(root, ref.place, ref)
@@ -139,20 +139,21 @@ def _walk_tar(
 ) -> Iterator[Row]:
     """Walks a tar and fills up with `unreadable` rows what it was planned with and no longer holds."""
     assert isinstance(shard.content, TarFile)
+    whole, first = shard.content.whole or shard, shard.content.start
     index = start
     detail = "the tar has changed since the corpus was planned"
     try:
         with open(shard.content.path, "rb", buffering=1 << 17) as file:
-            _require_size(file.fileno(), shard)
-            for sample in walk_samples(file, Tally(), start, load):
+            _require_size(file.fileno(), whole)
+            for sample in walk_samples(file, Tally(), first + start, load):
                 if index == shard.num_samples:
                     break
-                yield convert(shard, sample)
+                yield convert(whole, replace(sample, index=index) if first else sample)
                 index += 1
     except OSError as error:
         detail = error.strerror or str(error)
     for missing in range(index, shard.num_samples):
-        yield convert(shard, TarSample(f"#{missing}", missing, problem=Problem(Reason.UNREADABLE, detail)))
+        yield convert(whole, TarSample(f"#{first + missing}", missing, problem=Problem(Reason.UNREADABLE, detail)))
 
 
 def _require_size(descriptor: int, shard: InputShard) -> None:

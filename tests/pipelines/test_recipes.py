@@ -31,10 +31,15 @@ def test_short_runs_warm_up_shortly() -> None:
 
 
 def test_what_a_short_run_has_cut_is_told_in_one_line() -> None:
-    assert shortened(50, warmup_steps=(100, 5), start_step=(50, 6)) == [
-        "a short run, of 50 steps: warmup_steps is 5 instead of 100, start_step is 6 instead of 50 (--config can set them)"
+    short, long = fit_config(RECIPE, {}, {"steps": 50}), fit_config(RECIPE, {}, {"steps": 5000})
+    warmup = f"a short run, of 50 steps: warmup_steps is 5 instead of {RECIPE.warmup_steps}"
+    assert shortened(RECIPE, {}, short) == [f"{warmup} (--config can set it)"]
+    assert shortened(RECIPE, {}, short, start_step=(50, 6)) == [
+        f"{warmup}, start_step is 6 instead of 50 (--config can set them)"
     ]
-    assert shortened(50, warmup_steps=(5, 5), start_step=(0, 0)) == []
+    assert shortened(RECIPE, {}, long, start_step=(0, 0)) == []
+    table = {"warmup_steps": 20}
+    assert shortened(RECIPE, table, fit_config(RECIPE, table, {"steps": 50})) == [], "as the table says"
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def test_levels_by_themselves_give_the_same_prior(
     assert not out.exists()
     assert run("inspect", f"{out}.partial") == 0
     assert "an unfinished run of train-prior" in (said := capsys.readouterr().out)
-    assert "levels that are trained: bottom" in said
+    assert "level bottom: trained, " in said
     assert run("train-prior", store, "--out", out, "--level", "bottom", *FLAGS) == 0, "again is no harm"
     assert run("train-prior", store, "--out", out, "--level", "top", *FLAGS) == 0
     assert run("inspect", out) == 0

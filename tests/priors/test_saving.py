@@ -40,7 +40,7 @@ def resized(metadata, **sizes):
 
 
 def test_wrong_files_are_refused(toy, tmp_path):
-    with pytest.raises(CodesError, match="no such checkpoint"):
+    with pytest.raises(CodesError, match=r"not a prior: nothing in it is an output of vqmill's\. Expected the folder"):
         load(tmp_path)
     file = save(toy, tmp_path)
     tensors, metadata = load_checkpoint(file)
@@ -63,3 +63,12 @@ def test_wrong_files_are_refused(toy, tmp_path):
         save_checkpoint(file, changed_tensors, changed_metadata)
         with pytest.raises(CodesError, match=message):
             load(file)
+
+
+def test_a_prior_of_an_earlier_version_says_what_to_do(toy, tmp_path):
+    file = save(toy, tmp_path)
+    tensors, metadata = load_checkpoint(file)
+    (network, *_) = metadata["config"].pop("networks")
+    save_checkpoint(file, tensors, metadata | {"config": metadata["config"] | {"depth": network["depth"]}})
+    with pytest.raises(CodesError, match=r"earlier version of vqmill.*vqmill train-prior STORE"):
+        load(file)
