@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from pipelines.results import one_line
 from vqmill.errors import UsageError
 from vqmill.settings import did_you_mean
 
@@ -19,25 +20,29 @@ def name_of(label: int, names: Sequence[str]) -> str:
     return names[label] if 0 <= label < len(names) else ""
 
 
-def heading(label: int, names: Sequence[str]) -> str:
-    """How a class is called above its pictures: by its name, and by its number where a name is missing, shared, or another's number.
+def heading(label: int, names: Sequence[str], fits: Callable[[str], bool] = bool) -> str:
+    """How a class is called above its pictures: by its name, after its number where the name is shared, a number, or not shown whole.
 
     >>> [heading(label, ["cat", "dog", "3", "dog", ""]) for label in range(6)]
     ['cat', '1 dog', '2 3', '3 dog', '4', '5']
+
+    Args:
+        label: its number.
+        names: by label.
+        fits: whether a text can be shown whole.
     """
     name = name_of(label, names)
-    alone = name and names.count(name) == 1 and (name == str(label) or not name.isdecimal())
+    alone = name and fits(name) and names.count(name) == 1 and (name == str(label) or not name.isdecimal())
     return name if alone else f"{label} {name}".strip()
 
 
-def label_words(label: int, names: Sequence[str]) -> str:
+def label_words(label: int, name: str) -> str:
     """How a class is called in a line.
 
-    >>> label_words(1, ["cat", "dog"]), label_words(2, ["cat", "dog"])
+    >>> label_words(1, "dog"), label_words(2, "")
     ('label 1 (dog)', 'label 2')
     """
-    name = name_of(label, names)
-    return f"label {label} ({name})" if name else f"label {label}"
+    return f"label {label} ({one_line(name)})" if name else f"label {label}"
 
 
 def find_class(text: str, num_classes: int, names: Sequence[str]) -> tuple[int, str]:
@@ -61,7 +66,10 @@ def find_class(text: str, num_classes: int, names: Sequence[str]) -> tuple[int, 
     if text.isdecimal() and int(text) < num_classes:
         label = int(text)
         if others := [f"class {other}" for other in namesakes if other != label]:
-            return label, f"--label {text}: taken for {label_words(label, names)}; {' and '.join(others)} is named so"
+            return (
+                label,
+                f"--label {text}: taken for {label_words(label, name_of(label, names))}; {' and '.join(others)} is named so",
+            )
         return label, ""
     if len(namesakes) == 1:
         return namesakes[0], ""

@@ -37,13 +37,13 @@ class FitFlags:
     """What people change daily about a training run; the preset and --config decide what is not given."""
 
     steps: int | None = None
-    """Optimizer steps."""
+    """Optimizer steps; the preset's if not given."""
     batch_size: int | None = None
-    """Samples of a step, over all workers."""
+    """Samples of a step, over all workers; the preset's if not given."""
     learning_rate: float | None = None
-    """Peak of the schedule (linear warm-up, then half a cosine)."""
+    """Peak of the schedule (linear warm-up, then half a cosine); the preset's if not given."""
     precision: Precision | None = None
-    """bf16 computes the networks in bfloat16 (for GPUs); quantizers stay in fp32."""
+    """bf16 computes the networks in bfloat16 (for GPUs); quantizers stay in fp32. fp32 by default."""
     seed: int | None = None
     """Of everything random; 0 by default."""
     workers: int = 1
@@ -126,5 +126,5 @@ def row_range(text: str | None, number: int) -> range:
     first, last = int(start or 0), int(stop or number)
     if first >= last or last > number:
         problem = "no rows there" if first >= min(last, number) else f"rows {number}:{last} are not there"
-        raise UsageError(f"--rows {text}: {problem}; the store has the rows 0:{number}.")
+        raise UsageError(f"--rows {text}: {problem}; the store has rows 0:{number}.")
     return range(first, last)

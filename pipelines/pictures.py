@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-from pipelines.results import printable
+from pipelines.results import one_line
 from vqmill import Codes
 from vqmill.errors import UsageError
 from vqmill.files import canonical_json, write_whole
@@ -27,6 +27,7 @@ TITLE = 22  # height of a title in pixels
 LINE = 13  # height of a line of small text: captions and headings
 SMALL = 11  # size of its letters
 BAR = 14  # height of a bar of colours
+LATIN = 0x180  # the letters below are in Pillow's own font
 PAPER = (250, 250, 248)
 INK = (40, 40, 48)
 
@@ -99,7 +100,7 @@ def side_by_side(panels: Sequence[Panel], columns: int, scale: int = 1) -> Image
     caption_lines = max(panel.caption_lines for panel in panels)
     head = TITLE + (LINE if any(panel.headings for panel in panels) else 0)
     grids = [_captioned(panel, columns, scale, caption_lines) for panel in panels]
-    titles = [_one_line(panel.title) for panel in panels]
+    titles = [one_line(panel.title) for panel in panels]
     widths = [max(grid.width, math.ceil(font.getlength(title))) for title, grid in zip(titles, grids, strict=True)]
     width = MARGIN + sum(wide + MARGIN for wide in widths)
     sheet = Image.new("RGB", (width, head + 2 * MARGIN + max(grid.height for grid in grids)), PAPER)
@@ -109,7 +110,7 @@ def side_by_side(panels: Sequence[Panel], columns: int, scale: int = 1) -> Image
         draw.text((left, MARGIN - 2), title, INK, font)
         side = panel.images.shape[-1] * scale
         for column, heading in enumerate(panel.headings):
-            _write(draw, left + column * (side + GAP), MARGIN + TITLE - 2, heading, side)
+            _write(draw, left + column * (side + GAP), MARGIN + TITLE - 2, heading, side - 2 * GAP)
         sheet.paste(grid, (left, MARGIN + head))
         left += wide + MARGIN
     return sheet
@@ -133,14 +134,15 @@ def colour_bar(colours: Pixels, marks: Mapping[str, float]) -> Image.Image:
         marks: words, and where on the bar they begin, from 0 (left) to 1 (right).
     """
     ends = [
-        place * len(colours) + ImageFont.load_default(size=SMALL).getlength(words) for words, place in marks.items()
+        place * len(colours) + 3 + ImageFont.load_default(size=SMALL).getlength(words) for words, place in marks.items()
     ]
     sheet = Image.new("RGB", (2 * MARGIN + math.ceil(max(len(colours), *ends)), BAR + LINE + MARGIN), PAPER)
     sheet.paste(Image.fromarray(np.repeat(colours[None], BAR, axis=0)), (MARGIN, 0))
     draw = ImageDraw.Draw(sheet)
     for words, place in marks.items():
-        draw.line([(MARGIN + place * len(colours), BAR - 4), (MARGIN + place * len(colours), BAR + 2)], INK)
-        draw.text((MARGIN + place * len(colours), BAR), words, INK, ImageFont.load_default(size=SMALL))
+        left = MARGIN + place * len(colours)
+        draw.line([(left, BAR), (left, BAR + 3)], INK)
+        draw.text((left + 3, BAR), words, INK, ImageFont.load_default(size=SMALL))
     return sheet
 
 
@@ -158,17 +160,18 @@ def fitting(text: str, width: int, *, keep_end: bool = False) -> str:
         width: in pixels.
         keep_end: cut at the beginning.
     """
-    font, text = ImageFont.load_default(size=SMALL), _one_line(text)
-    kept = text[: 2 * width] if not keep_end else text[-2 * width :]  # no letter is that narrow
-    if font.getlength(text) <= width:
+    font, text = ImageFont.load_default(size=SMALL), one_line(text)
+    kept = text[-2 * width :] if keep_end else text[: 2 * width]  # no letter is that narrow
+    if kept == text and font.getlength(text) <= width:
         return text
     while kept and font.getlength(f"{kept}…") > width:
         kept = kept[1:] if keep_end else kept[:-1]
     return f"…{kept}" if keep_end else f"{kept}…"
 
 
-def _one_line(text: str) -> str:
-    return printable(text).replace("\n", "\\n")
+def fits(text: str, side: int) -> bool:
+    """Whether a caption or heading shows a text whole over an image `side` pixels wide: it is not cut, and the font has its letters."""
+    return text == fitting(text, side - 2 * GAP) and all(ord(letter) < LATIN for letter in text)
 
 
 def _write(draw: ImageDraw.ImageDraw, left: int, top: int, text: str, width: int, *, keep_end: bool = False) -> None:
@@ -182,7 +185,7 @@ def _captioned(panel: Panel, columns: int, scale: int, caption_lines: int) -> Im
     for index, caption in enumerate(panel.captions):
         left, top = index % columns * (side + GAP), index // columns * (tall + GAP + caption_lines * LINE) + tall
         for number, line in enumerate(caption):
-            _write(draw, left, top + number * LINE, line, side, keep_end=number > 0)
+            _write(draw, left, top + number * LINE, line, side - 2 * GAP, keep_end=number > 0)
     return grid
 
 

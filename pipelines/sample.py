@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import priors
-from pipelines.class_names import EACH, find_class, heading, label_words
+from pipelines.class_names import EACH, find_class, heading, label_words, name_of
 from pipelines.decode import decode_rows
 from pipelines.foreign import load_tokenizer, store_record
 from pipelines.options import Device, choose_device, in_flags, row_range
@@ -24,6 +24,7 @@ from pipelines.pictures import (
     Pixels,
     check_columns,
     check_picture,
+    fits,
     good_scale,
     image_grid,
     row_captions,
@@ -145,7 +146,7 @@ def _label_words(asked: _Asked, prior: priors.Prior) -> str:
         return "the rows' own labels"
     if asked.label == EACH:
         return f"each of {prior.config.num_classes:,} classes in turn"
-    return label_words(int(asked.label), prior.class_names)
+    return label_words(label := int(asked.label), name_of(label, prior.class_names))
 
 
 def _drawing_words(drawing: priors.Drawing) -> list[str]:
@@ -254,7 +255,11 @@ def _picture(images: Pixels, whole: Pixels | None, asked: _Asked, prior: priors.
     title, num_classes = _label_words(asked, prior), prior.config.num_classes
     if asked.label != EACH:
         return side_by_side([Panel(title, images)], columns, scale)
-    headings = [heading(number % num_classes, names) for number in range(max(columns, len(images)))]
+    side = scale * images.shape[-1]
+    headings = [
+        heading(number % num_classes, names, lambda name: fits(name, side))
+        for number in range(max(columns, len(images)))
+    ]
     if columns % num_classes == 0:
         return side_by_side([Panel(title, images, headings=headings[:columns])], columns, scale)
     return side_by_side([Panel(title, images, [[name] for name in headings[: len(images)]])], columns, scale)

@@ -17,7 +17,7 @@ import zarr
 from PIL import Image
 
 import priors
-from pipelines.class_names import name_of
+from pipelines.class_names import label_words, name_of
 from pipelines.decode import decode_rows, load_tokenizer_of
 from pipelines.options import Device, choose_device, row_range
 from pipelines.outputs import RUN_FILE, OutputFolder, refuse_inside, require_room, run_record
@@ -317,8 +317,8 @@ def _result(out: Path, *, already: bool) -> Result:
     ]
     lines.append("least likely:")
     for entry in record["least_likely"][:LISTED]:
-        label, name = entry["label"], entry.get("name")
-        words = "" if label == MISSING_LABEL else f", label {label} ({name})" if name else f", label {label}"
+        label = entry["label"]
+        words = "" if label == MISSING_LABEL else f", {label_words(label, entry.get('name', ''))}"
         if (known := entry.get("trained_on")) is not None:
             words += f", {TRAINING_WORDS[known]}"
         lines.append(f"  row {entry['row']}: {entry['key']}{words}: {entry['bits']:,.1f} bits, z {entry['z']:+.2f}")

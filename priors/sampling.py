@@ -222,11 +222,13 @@ def _check_comparison(prior: Prior, labels: Tensor | None, drawing: Drawing) -> 
     asked = " and ".join(name for name in ("guidance", "candidates") if getattr(drawing, name) != 1)
     if labels is None:
         raise CodesError(
-            f"{asked}: compares a class to any class, and this prior was trained without classes. Leave it out."
+            f"{asked}: would compare a class to any class, but this prior was trained without classes. Leave it out."
         )
     if bool((labels < 0).any()):
-        raise CodesError(f"{asked}: compares a class to any class, so every sample needs a class, not -1: give labels.")
+        raise CodesError(
+            f"{asked}: would compare a class to any class, so every sample needs a class, not -1: give labels."
+        )
     if not all(network.label_dropout for network in prior.config.networks):
         raise CodesError(
-            f"{asked}: needs a prior that was trained with label_dropout above 0, so that it knows `any class` too."
+            f"{asked}: would compare a class to any class, which only a prior knows that was trained with label_dropout above 0."
         )
