@@ -310,10 +310,12 @@ def _result(out: Path, *, already: bool) -> Result:
     lines.append(
         f"  in all: {record['bits_per_code']:.3f} bits per code, {record['bits']:,.1f} a row (standard deviation {record['bits_deviation']:,.1f})"
     )
+    sides = record.get("training", [])
     lines += [
         f"  {TRAINING_WORDS[side['trained_on']]}: {side['rows']:,} rows, {side['bits_per_code']:.3f} bits per code, {side['bits']:,.1f} a row, "
         f"z {side['z']:+.2f} on average"
-        for side in record.get("training", [])
+        for side in sides
+        if len(sides) > 1 or side["trained_on"] is not None  # else a note has said that it is not known
     ]
     lines.append("least likely:")
     for entry in record["least_likely"][:LISTED]:

@@ -57,7 +57,7 @@ def read_training(prior_path: Path, fingerprint: str) -> Training | None:
         settings = record["settings"]
         store, fraction = Path(record["folder"]) / record["store"], float(settings["holdout"])
         found = Training(store, str(settings["store"]["plan"]), int(settings["rows"]), fraction)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
     return found if 0 < fraction < 1 and found.rows > 0 else None
 
@@ -77,10 +77,8 @@ def trained_on(training: Training | None, codes: Codes, rows: range) -> tuple[np
         int64 [n]: TRAINED, HELD_OUT (also of rows that were not in the store at all) or UNKNOWN; and why rows are UNKNOWN, or nothing.
     """
     if training is None:
-        nothing = "nothing beside the prior says what it was trained on"
-        return np.full(
-            len(rows), UNKNOWN
-        ), f"which rows it was trained on is not known: {nothing} ({RUN_FILE} of train-prior)"
+        note = f"which rows it was trained on is not known: nothing beside the prior says ({RUN_FILE} of train-prior)"
+        return np.full(len(rows), UNKNOWN), note
     own = key_hashes(codes.sample_keys()[rows.start : rows.stop])
     seen = _keys_of_training(training, codes)
     if seen is None:
@@ -99,6 +97,6 @@ def _keys_of_training(training: Training, codes: Codes) -> Hashes | None:
             store = open_store()
             if training.plan in [segment.plan for segment in store.spec.segments] and len(store) >= training.rows:
                 return key_hashes(store.sample_keys()[: training.rows])
-        except (CodesError, OSError):
+        except (CodesError, OSError, ValueError):  # the path is only what a file says
             continue
     return None

@@ -84,6 +84,7 @@ def test_figures_are_those_of_a_direct_computation(
     assert list(table) == ["row", "key", "label", "trained_on", *figures]
     assert set(table["trained_on"]) == set(table["trained_on_z"]) == {None}
     assert "which rows it was trained on is not known: nothing beside the prior says" in printed
+    assert "trained on or not" not in printed
     assert table["row"] == list(range(chosen.start, chosen.stop))
     assert table["key"] == codes.sample_keys()[chosen]
     assert table["label"] == [None if row % 4 == 3 else row % 4 for row in table["row"]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -113,9 +114,10 @@ def test_when_the_store_is_gone_only_what_the_share_holds_out_is_known(
         lambda record: record | {"settings": record["settings"] | {"holdout": "much"}},
         lambda record: record | {"settings": record["settings"] | {"holdout": 7}},
         lambda record: record | {"settings": None},
+        lambda record: record | {"settings": record["settings"] | {"rows": math.inf}},
         lambda record: [record],
     ],
-    ids=["missing", "empty", "of_another_prior", "text", "no_share", "no_settings", "list"],
+    ids=["missing", "empty", "of_another_prior", "text", "no_share", "no_settings", "no_number", "list"],
 )
 def test_without_a_record_of_this_prior_nothing_is_known(store: Path, prior: Path, change: Any) -> None:
     file = prior / "run.json"
@@ -126,3 +128,12 @@ def test_without_a_record_of_this_prior_nothing_is_known(store: Path, prior: Pat
     found, note = states(prior, store)
     assert found == [UNKNOWN] * 40
     assert "is not known: nothing beside the prior says" in note
+
+
+def test_a_record_that_names_no_possible_place_does_no_harm(store: Path, prior: Path) -> None:
+    file = prior / "run.json"
+    record = json.loads(file.read_bytes())
+    file.write_text(json.dumps(record | {"store": "a\0b", "settings": record["settings"] | {"rows": 41}}))
+    found, note = states(prior, store)
+    assert set(found) == {HELD_OUT, UNKNOWN}
+    assert "is gone or another store now" in note
