@@ -21,8 +21,8 @@ from vqmill import open_codes
 from vqmill.spec import LevelSpec
 
 GRID, CODEBOOK_SIZE = (32, 32), 512
-# Batch size, and the speed over the naive sampler that we aim at; counting operations allows 1,024.
-BATCHES = ((1, 200.0), (16, 650.0), (64, 750.0))
+# Batch size, threads (None: all), and the speed over the naive sampler that we aim at; counting operations allows 1,024.
+CASES = ((1, None, 200.0), (1, 1, 200.0), (16, None, 650.0), (64, None, 750.0))
 POOL_BYTES = 1 << 20
 NAIVE_POSITIONS = 3  # timed; all positions cost the naive sampler the same
 
@@ -32,7 +32,10 @@ def sampling(folder: Path) -> Iterator[Line]:
     keep_freed_memory()
     level = _level("pixelcnn", depth=128, num_layers=14, horizontal=2, vertical=2)
     name = "15 layers of 128 channels, 32 x 32 codes"
-    for size, target in BATCHES:
+    all_threads = torch.get_num_threads()
+    for size, threads, target in CASES:
+        torch.set_num_threads(threads or all_threads)
+        batch = f"batch {size}, {torch.get_num_threads()} thread(s)"
         codes = torch.randint(0, CODEBOOK_SIZE, (size, *GRID), generator=torch.Generator().manual_seed(0))
         found = medians(
             {
@@ -44,15 +47,16 @@ def sampling(folder: Path) -> Iterator[Line]:
         )
         naive = found["naive"] / NAIVE_POSITIONS * GRID[0] * GRID[1]
         yield speed(
-            f"cached sampling, {name}, batch {size}, against the naive sampler (extrapolated)",
+            f"cached sampling, {name}, {batch}, against the naive sampler (extrapolated)",
             found["cached"],
             naive,
             target,
         )
         yield Line(
-            found["cached"] / found["forward"], f"cached sampling, batch {size}, time over that of one forward pass",
+            found["cached"] / found["forward"], f"cached sampling, {batch}, time over that of one forward pass",
             duration(found["cached"]), duration(found["forward"]), Target(1.3, at_most=True) if size == 64 else None,
         )  # fmt: skip
+    torch.set_num_threads(all_threads)
     gpt = _level("gpt")
     found = medians(
         {"gpt": lambda: priors.run(gpt, 16, _likeliest, None), "naive": lambda: _naive_positions(gpt, 16)}, repeats=3

@@ -33,7 +33,7 @@ def train_prior(
         out: the folder to make.
         preset: gated PixelCNNs: pixelcnn-tiny, pixelcnn, pixelcnn-large, razavi (the paper's sizes, for GPUs); transformers: gpt-tiny, gpt,
             gpt-large.
-        config: a TOML file with tables [prior], [prior.LEVEL] and [fit] over the preset.
+        config: a TOML file with tables [prior], [prior.LEVEL], [fit] and [fit.LEVEL] over the preset.
         level: train this level only, with the same other settings; OUT is made when all have been trained.
         holdout: share of the samples kept out of training and used to evaluate, chosen by their keys.
     """

@@ -61,7 +61,8 @@ class FitConfig:
         weight_ema: decay of a running average of the weights that is evaluated and kept; 0 for none. A codebook of quantizer `ema` is no
             weight: it follows the features by its own average (`ema_decay`) and is taken as it is (averaging it again measured worse).
         accumulate: micro-batches of a step.
-        precision: `fp32`, or `bf16` autocast.
+        precision: `fp32`, or `bf16` autocast; `auto`, which is resolved before a run begins, for `bf16` where the device computes it in
+            hardware, probed.
         validate_every: steps between evaluations; the first comes after a tenth of them (counted from the start of the codebooks).
         save_every: steps between resume points. With one worker Ctrl-C makes one more, after the step in hand (pressed again it stops at
             once); with more workers a run goes on from the last one.
@@ -103,8 +104,8 @@ class FitConfig:
             raise UsageError(f"weight_ema must be in [0, 1), got {self.weight_ema}.")
         if self.patience and not self.keep_best:
             raise UsageError("patience stops some evaluations after the best one: set keep_best = true in [fit] too.")
-        if self.precision not in ("fp32", "bf16"):
-            raise UsageError(f"--precision must be fp32 or bf16, got {self.precision!r}.")
+        if self.precision not in ("auto", "fp32", "bf16"):
+            raise UsageError(f"--precision must be auto, fp32 or bf16, got {self.precision!r}.")
 
     def rank_batch(self, world_size: int) -> int:
         """Samples of one micro-batch on one rank.

@@ -42,8 +42,8 @@ class FitFlags:
     """Samples of a step, over all workers; the preset's if not given."""
     learning_rate: float | None = None
     """Peak of the schedule (linear warm-up, then half a cosine); the preset's if not given."""
-    precision: Precision | None = None
-    """bf16 computes the networks in bfloat16 (for GPUs); quantizers stay in fp32. fp32 by default."""
+    precision: Literal["auto", "fp32", "bf16"] | None = None
+    """bf16 computes the networks in bfloat16, quantizers stay in fp32; auto takes it where the device has it in hardware. The preset's if not given."""
     seed: int | None = None
     """Of everything random; 0 by default."""
     workers: int = 1

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from pipelines.fit import FitConfig
+from pipelines.precision import resolved
 from vqmill.errors import UsageError
 from vqmill.settings import did_you_mean
 
@@ -28,7 +29,9 @@ TOKENIZER_RECIPES = {
     "video_stacked_13m": FitConfig(steps=160000, batch_size=24, learning_rate=1e-4),
     "video_stacked_small": FitConfig(steps=3000, batch_size=16, learning_rate=1e-3),
 }
-_PRIOR = FitConfig(steps=2000, batch_size=64, learning_rate=2e-3, weight_ema=0.995, weight_decay=0.01, keep_best=True)
+_PRIOR = FitConfig(
+    steps=2000, batch_size=64, learning_rate=2e-3, weight_ema=0.995, weight_decay=0.01, keep_best=True, precision="auto"
+)
 _LARGE_PRIOR = replace(_PRIOR, steps=40_000, batch_size=128, learning_rate=5e-4, warmup_steps=1000, weight_ema=0.9999)
 PRIOR_RECIPES = {
     "pixelcnn-tiny": FitConfig(steps=400, batch_size=32, learning_rate=6e-3, warmup_steps=20, weight_ema=0.98),
@@ -84,8 +87,14 @@ def _refuse_of_fit(path: Path, name: str, table: Mapping[str, Any]) -> None:
             _refuse_of_fit(path, f"{name}.{key}", value)
 
 
-def fit_config(recipe: FitConfig, table: Mapping[str, Any], flags: Mapping[str, Any]) -> FitConfig:
+def fit_config(recipe: FitConfig, table: Mapping[str, Any], flags: Mapping[str, Any], device: str = "cpu") -> FitConfig:
     """A preset's recipe, overridden by a TOML table `[fit]`, overridden by the flags that were given (not None).
+
+    Args:
+        recipe: of the preset.
+        table: fields of FitConfig.
+        flags: fields of FitConfig, None for those not given.
+        device: where it runs, which decides what precision `auto` is.
 
     Raises:
         UsageError: an unknown key, or a value of another kind.
@@ -100,9 +109,26 @@ def fit_config(recipe: FitConfig, table: Mapping[str, Any], flags: Mapping[str, 
             raise UsageError(f"[fit] {name}: expected {kinds[name].__name__}, got {value!r}.")
     given = {name: value for name, value in flags.items() if value is not None}
     changed = replace(recipe, **{**table, **given})
+    changed = replace(changed, precision=resolved(changed.precision, device))
     if "warmup_steps" in table:
         return changed
     return replace(changed, warmup_steps=min(changed.warmup_steps, max(1, changed.steps // 10)))
+
+
+def level_fits(
+    recipe: FitConfig, table: Mapping[str, Any], flags: Mapping[str, Any], levels: Sequence[str], device: str
+) -> dict[str, FitConfig]:
+    """`fit_config` for each level: a table `[fit.LEVEL]` goes over `[fit]`, and flags over both.
+
+    Raises:
+        UsageError: a table for another level, an unknown key, or a value of another kind.
+    """
+    own = {name: value for name, value in table.items() if isinstance(value, dict)}
+    for name in own:
+        if name not in levels:
+            raise UsageError(f"[fit.{name}]: the levels are {', '.join(levels)}.{did_you_mean(name, levels)}")
+    everywhere = {name: value for name, value in table.items() if name not in own}
+    return {level: fit_config(recipe, {**everywhere, **own.get(level, {})}, flags, device) for level in levels}
 
 
 def shortened(steps: int, **lengths: tuple[int, int]) -> list[str]:

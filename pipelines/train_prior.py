@@ -19,7 +19,7 @@ from pipelines.fit import Batch, FitConfig, Stream
 from pipelines.options import TENSORBOARD_FOLDER, FitFlags, choose_device
 from pipelines.outputs import RUN_FILE, OutputFolder, refuse_inside, require_room, run_record
 from pipelines.prior_inputs import BASELINE_CODES, evenly, level_shapes, num_classes, split_rows
-from pipelines.recipes import PRIOR_RECIPES, fit_config, read_tables, shortened
+from pipelines.recipes import PRIOR_RECIPES, level_fits, read_tables, shortened
 from pipelines.results import Result, say
 from pipelines.train import FINAL_FILE, Task, Trained, run_job
 from pipelines.training_log import METRICS_FILE
@@ -124,27 +124,26 @@ def train_prior(
     except CodesError as error:
         raise UsageError(str(error)) from error
     recipe = PRIOR_RECIPES[preset]
-    fit = fit_config(recipe, tables["fit"], flags.fit())
-    usual_warmup = tables["fit"].get("warmup_steps", recipe.warmup_steps)
-    notes = shortened(fit.steps, warmup_steps=(usual_warmup, fit.warmup_steps))
-    fit.rank_batch(flags.workers)
     flags.check()
     device = choose_device(flags.device)
+    fits = level_fits(recipe, tables["fit"], flags.fit(), codes.levels, device)
+    for fit in fits.values():
+        fit.rank_batch(flags.workers)
     settings = {
         "command": "train-prior",
         "store": codes.spec.settings(),
         "rows": len(codes),
         "prior": prior_config.to_dict(),
-        "fit": asdict(fit),
+        "fit": {name: asdict(fit) for name, fit in fits.items()},
         "holdout": holdout,
     }
     with torch.device("meta"):
         require_room(out, 8 * 4 * priors.Prior(prior_config).num_parameters)
-    jobs = {name: PriorJob(store.absolute(), name, prior_config, fit, holdout) for name in codes.levels}
+    jobs = {name: PriorJob(store.absolute(), name, prior_config, fits[name], holdout) for name in codes.levels}
     with OutputFolder(out, settings) as place:
         already = place.finished
         if not already:
-            say(notes)
+            say(_notes(recipe, tables["fit"], fits))
             wanted = [name for name in jobs if level in (ALL_LEVELS, name) or (place.work / name / FINAL_FILE).exists()]
             with ray_cluster(flags.workers, device) if flags.workers > 1 else nullcontext():  # one Ray for all levels
                 trained = {name: _train_level(jobs[name], place, flags, device) for name in wanted}
@@ -161,6 +160,13 @@ def train_prior(
             write_whole(place.folder / RUN_FILE, canonical_json(record))
             place.finish()
         return _report(out, already=already)
+
+
+def _notes(recipe: FitConfig, table: Mapping[str, Any], fits: Mapping[str, FitConfig]) -> list[str]:
+    """What a short run has cut, once for all levels that it holds for."""
+    usual = {name: {**table, **table.get(name, {})}.get("warmup_steps", recipe.warmup_steps) for name in fits}
+    lines = [shortened(fit.steps, warmup_steps=(usual[name], fit.warmup_steps)) for name, fit in fits.items()]
+    return list(dict.fromkeys(line for found in lines for line in found))
 
 
 def _train_level(job: PriorJob, place: OutputFolder, flags: FitFlags, device: str) -> Trained:

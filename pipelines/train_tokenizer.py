@@ -140,9 +140,10 @@ def _plan_job(
     if not 0 < holdout < 1:
         raise UsageError(f"--holdout must lie between 0 and 1, got {holdout}.")
     recipe = TOKENIZER_RECIPES[preset]
-    fit = fit_config(recipe, tables["fit"], flags.fit())
-    fit.rank_batch(flags.workers)
     flags.check()
+    device = choose_device(flags.device)
+    fit = fit_config(recipe, tables["fit"], flags.fit(), device)
+    fit.rank_batch(flags.workers)
     if model_config.frames > 1:
         raise UsageError(
             f"--preset {preset} codes clips of {model_config.frames} frames, and training reads images only so far."
@@ -153,7 +154,6 @@ def _plan_job(
         model_config = _checked_config(
             preset, overrides | {"start_step": max(1, min(model_config.start_step, fit.steps // 8))}
         )
-    device = choose_device(flags.device)
     if model_config.first_update >= fit.steps:
         raise UsageError(
             f"[tokenizer] start_step {model_config.start_step}: with --steps {fit.steps} the codebooks would never begin. Take fewer, a quarter at most."

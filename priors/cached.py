@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from priors.attention import Memory, PixelAttention
-from priors.pixelcnn import PixelConvA, PixelConvB, PixelPosition, gated_activation
+from priors.pixelcnn import PixelConvA, PixelConvB, PixelPosition
 
 
 class GatedSession:
@@ -52,14 +52,14 @@ class GatedSession:
                 self._first.remember(column - 1, embedded)
         if column == 0:
             self._begin_row(row)
-        horiz = self._first.place(column)
+        horiz = -self._first.place(column)
         for layer in self._later:
             horiz = layer.place(column, horiz)
         self._place += 1
         return self._head(torch.cat([self._vertical[column], horiz], dim=1))
 
     def _begin_row(self, row: int) -> None:
-        vert = _by_column(self._first.row(row, self._row_above))
+        vert = self._first.row(row, self._row_above)
         for layer in self._later:
             vert = layer.row(row, vert)
         self._vertical = vert.transpose(0, 1).contiguous()
@@ -76,41 +76,64 @@ class _Cache(Protocol):
 
 
 class _ConvCache:
-    """PixelConvA, and what PixelConvB shares with it: rows above, places to the left, and the vertical stack's part of the row."""
+    """PixelConvA, and what PixelConvB shares with it: rows above, places to the left, and the vertical stack's part of the row.
+
+    A place costs few microseconds a layer, so each operation counts: windows are views made once, results go where they are read. The gates
+    are tanh(x) * sigmoid(y) as (2 * sigmoid(2x) - 1) * sigmoid(y), one call for both halves (and PyTorch's tanh on CPU is several times
+    slower than its sigmoid). All weights that lead to x are doubled for it beforehand: exact in binary.
+    """
 
     def __init__(self, layer: PixelConvA | PixelConvB, batch_size: int, width: int, condition: Tensor | None) -> None:
-        self._layer, self._condition, self._sides = layer, condition, layer.horizontal
-        rows, (_, taps) = layer.vertical_conv.kernel_size[0], layer.horizontal_conv.kernel_size
-        weight = layer.horizontal_conv.weight  # [2 * depth_out, depth_in, 1, taps]
-        self._taps = taps
-        self._weight = weight[:, :, 0].permute(2, 1, 0).reshape(taps * layer.depth_in, 2 * layer.depth_out).contiguous()
-        self._above = weight.new_zeros(batch_size, rows, width, layer.depth_in)
-        self._left = weight.new_zeros(batch_size, width + self._sides, layer.depth_in)
-        self._from_above: Tensor  # float [w, N, 2 * depth_out]; made when the row begins
+        vertical, horizontal, across = layer.vertical_conv, layer.horizontal_conv, layer.vert_to_horiz
+        rows, taps, self._sides = vertical.kernel_size[0], horizontal.kernel_size[1], layer.horizontal
+        depth_in, depth = layer.depth_in, layer.depth_out
+        weight = horizontal.weight  # [2 * depth, depth_in, 1, taps]
+        twice = weight.new_tensor([2, 1]).repeat_interleave(depth)
+        # Channels last in memory, as all here: oneDNN is quickest so.
+        self._kernel = (vertical.weight * twice[:, None, None, None]).contiguous(memory_format=torch.channels_last)
+        self._kernel_bias = _bias(vertical) * twice
+        self._across = across.weight[:, :, 0, 0] * twice[:, None] / twice
+        self._across_bias = (_bias(across) + _bias(horizontal)) * twice
+        self._weight = (
+            weight[:, :, 0].permute(2, 1, 0).flatten(0, 1) * twice
+        ).contiguous()  # [taps * depth_in, 2 * depth]
+        self._known: tuple[Tensor, Tensor] | None = None
+        if condition is not None and layer.cond_layer is not None:
+            maps = condition[:, :, None, None] if condition.ndim == 2 else condition
+            self._condition = maps.permute(2, 0, 3, 1)  # [h or 1, N, w or 1, depth]
+            link, both = layer.cond_layer, twice.repeat(2)
+            self._known = link.weight[:, :, 0, 0] * both[:, None], _bias(link) * both
+        self._above = weight.new_zeros(batch_size, rows, width, depth_in)
+        left = weight.new_zeros(batch_size, self._sides + width, depth_in)
+        self._slots = left[:, self._sides :].unbind(1)
+        self._windows = [left.flatten(1)[:, first * depth_in : (first + taps) * depth_in] for first in range(width)]
+        self._from_above: tuple[Tensor, ...]  # for each column, float [N, 2 * depth]; made when the row begins
+        self._gates = weight.new_empty(batch_size, 2 * depth)
+        self._signal, self._gate = self._gates.chunk(2, dim=1)
+        self._gated = weight.new_empty(batch_size, depth)
 
     def row(self, row: int, vert: Tensor) -> Tensor:
-        """The gated vertical stack of a row, float [N, depth_out, 1, w], of the newest row that it sees, float [N, w, depth_in]."""
-        layer, conv = self._layer, self._layer.vertical_conv
+        """The gated vertical stack of a row, float [N, w, depth], of the newest row that it sees, float [N, w, depth_in]."""
         self._above = torch.cat([self._above[:, 1:], vert[:, None]], dim=1)
-        # Channels last in memory, as all here: oneDNN is quickest so.
-        found = F.conv2d(self._above.permute(0, 3, 1, 2), conv.weight, conv.bias, padding=(0, self._sides))
-        beside = layer.vert_to_horiz(found) + layer.horizontal_conv.bias[:, None, None]  # pyright: ignore[reportOptionalSubscript]
-        if self._condition is not None and layer.cond_layer is not None:
-            known = self._condition
-            known = known[:, :, None, None] if known.ndim == 2 else known[:, :, row : row + 1]
-            for_vert, for_horiz = layer.cond_layer(known).chunk(2, dim=1)
+        maps = F.conv2d(self._above.permute(0, 3, 1, 2), self._kernel, self._kernel_bias, padding=(0, self._sides))
+        found = maps[:, :, 0].transpose(1, 2)  # [N, w, 2 * depth]
+        beside = F.linear(found, self._across, self._across_bias)
+        if self._known is not None:
+            known = F.linear(self._condition[row % len(self._condition)], *self._known)
+            for_vert, for_horiz = known.chunk(2, dim=2)
             found, beside = found + for_vert, beside + for_horiz
-        self._from_above = beside[:, :, 0].permute(2, 0, 1).contiguous()
-        return gated_activation(found)
+        self._from_above = beside.transpose(0, 1).contiguous().unbind()
+        signal, gate = found.sigmoid().chunk(2, dim=2)
+        return torch.addcmul(gate, signal, gate, value=-2).neg()
 
     def remember(self, column: int, horiz: Tensor) -> None:
         """Takes up what the horizontal stack sees at a place, float [N, depth_in]."""
-        self._left[:, column + self._sides] = horiz
+        self._slots[column].copy_(horiz)
 
     def place(self, column: int) -> Tensor:
-        """The gated horizontal stack at a place, float [N, depth_out]."""
-        seen = self._left[:, column : column + self._taps].flatten(1)
-        return gated_activation(torch.addmm(self._from_above[column], seen, self._weight))
+        """The gated horizontal stack at a place with its sign turned, float [N, depth]; valid until the next call."""
+        torch.addmm(self._from_above[column], self._windows[column], self._weight, out=self._gates).sigmoid_()
+        return torch.addcmul(self._gate, self._signal, self._gate, value=-2, out=self._gated)
 
 
 class _LaterConvCache:
@@ -118,19 +141,21 @@ class _LaterConvCache:
 
     def __init__(self, layer: PixelConvB, batch_size: int, width: int, condition: Tensor | None) -> None:
         self._layer, self._conv = layer, _ConvCache(layer, batch_size, width, condition)
+        self._residual, self._bias = layer.horiz_residual.weight[:, :, 0, 0].T.contiguous(), _bias(layer.horiz_residual)
 
     def row(self, row: int, vert: Tensor) -> Tensor:
         """See `_Cache`."""
-        layer, maps = self._layer, vert.transpose(1, 2)[:, :, None]
-        found = self._conv.row(row, _by_column(layer.vert_norm(maps)))
-        if layer.vert_residual is not None:
-            found = layer.vert_skip(maps) + layer.vert_residual(found)
-        return _by_column(found)
+        layer, places = self._layer, vert.flatten(0, 1)
+        found = self._conv.row(row, layer.vert_norm(places).view_as(vert))
+        if layer.vert_residual is None:
+            return found
+        return (layer.vert_skip(places) + layer.vert_residual(found.flatten(0, 1))).unflatten(0, vert.shape[:2])
 
     def place(self, column: int, horiz: Tensor) -> Tensor:
         """See `_Cache`."""
-        self._conv.remember(column, self._layer.horiz_norm(horiz))
-        return self._layer.horiz_skip(horiz) + self._layer.horiz_residual(self._conv.place(column))
+        self._conv.remember(column, self._layer.horiz_norm.forward(horiz))
+        turned = self._conv.place(column)
+        return torch.addmm(self._layer.horiz_skip(horiz), turned, self._residual, alpha=-1).add_(self._bias)
 
 
 class _PositionCache:
@@ -175,6 +200,6 @@ def _cache(layer: nn.Module, batch_size: int, grid: tuple[int, int], condition: 
     raise TypeError(f"no cached form of {type(layer).__name__} is known")
 
 
-def _by_column(maps: Tensor) -> Tensor:
-    """Features of one row, float [N, depth, 1, w], as [N, w, depth]."""
-    return maps[:, :, 0].transpose(1, 2)
+def _bias(conv: nn.Conv2d) -> Tensor:
+    assert conv.bias is not None
+    return conv.bias

@@ -7,11 +7,13 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipelines.cli import train_tokenizer
 from pipelines.cli_priors import train_prior
 from pipelines.fit import FitConfig
-from pipelines.recipes import PRIOR_RECIPES, TOKENIZER_RECIPES, fit_config, read_tables, shortened
+from pipelines.precision import native_bf16, resolved
+from pipelines.recipes import PRIOR_RECIPES, TOKENIZER_RECIPES, fit_config, level_fits, read_tables, shortened
 from vqmill.errors import UsageError
 
 RECIPE = TOKENIZER_RECIPES["rgb32"]
@@ -87,6 +89,39 @@ def test_help_says_what_presets_train_for(command: Callable[..., int], recipes: 
         if name in images
     ]
     assert found[2:] == rows
+
+
+def test_a_level_has_values_of_its_own_under_the_flags() -> None:
+    table = {"steps": 70, "batch_size": 8, "bottom": {"steps": 90, "learning_rate": 1e-4, "batch_size": 16}}
+    fits = level_fits(RECIPE, table, {"batch_size": 4}, ("top", "bottom"), "cpu")
+    assert [(name, fit.steps, fit.learning_rate, fit.batch_size) for name, fit in fits.items()] == [
+        ("top", 70, RECIPE.learning_rate, 4), ("bottom", 90, 1e-4, 4),
+    ]  # fmt: skip
+    with pytest.raises(UsageError, match=r"\[fit.botom\]: the levels are top, bottom. Did you mean 'bottom'"):
+        level_fits(RECIPE, {"botom": {"steps": 9}}, {}, ("top", "bottom"), "cpu")
+    with pytest.raises(UsageError, match="Did you mean 'steps'"):
+        level_fits(RECIPE, {"top": {"step": 9}}, {}, ("top", "bottom"), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("features", "expected"),
+    [({"avx512_bf16": True}, "bf16"), ({"amx_bf16": False, "avx2": True}, "fp32"), ({}, "fp32")],
+    ids=["native", "emulated", "unknown"],
+)
+def test_auto_takes_bf16_where_it_is_native(
+    features: dict[str, bool], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
+    assert resolved("auto", "cpu") == expected
+    assert fit_config(RECIPE, {"precision": "auto"}, {}).precision == expected
+    assert fit_config(RECIPE, {"precision": "auto"}, {"precision": "fp32"}).precision == "fp32"
+
+
+def test_auto_does_not_take_bf16_whose_products_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    assert native_bf16("cpu")
+    monkeypatch.setattr(torch.Tensor, "float", lambda values: values.to(torch.float32) * 1.1)
+    assert not native_bf16("cpu")
 
 
 def test_the_configuration_page_has_every_recipe_and_default() -> None:

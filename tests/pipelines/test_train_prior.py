@@ -53,6 +53,30 @@ def test_grids_of_other_axes_are_refused_first(
     assert not list(tmp_path.glob("prior*"))
 
 
+def test_a_table_of_a_level_is_that_level_s_recipe(
+    make_store: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], no_fsync: None
+) -> None:
+    config = tmp_path / "run.toml"
+    config.write_text('[fit]\nsteps = 4\nprecision = "bf16"\n[fit.bottom]\nsteps = 40\nprecision = "fp32"\n')
+    store, out = make_store(tmp_path / "codes.zarr", 40), tmp_path / "prior"
+    assert run("train-prior", store, "--out", out, "--preset", "pixelcnn-tiny", "--config", config) == 0
+    settings = json.loads((out / "run.json").read_bytes())["settings"]["fit"]
+    assert [(settings[level]["steps"], settings[level]["precision"]) for level in ("top", "bottom")] == [
+        (4, "bf16"), (40, "fp32"),
+    ]  # fmt: skip
+    steps = [
+        max(json.loads(line)["step"] for line in (out / f"metrics-{level}.jsonl").read_text().splitlines())
+        for level in ("top", "bottom")
+    ]
+    assert steps == [4, 40]
+    said = capsys.readouterr()
+    assert "a short run, of 4 steps: warmup_steps is 1 instead of 20" in said.out + said.err
+    assert "a short run, of 40 steps: warmup_steps is 4 instead of 20" in said.out + said.err
+    config.write_text("[fit.middle]\nsteps = 4\n")
+    assert run("train-prior", store, "--out", tmp_path / "x", "--config", config) == 2
+    assert "[fit.middle]: the levels are top, bottom." in capsys.readouterr().err
+
+
 def test_levels_by_themselves_give_the_same_prior(
     make_store: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], no_fsync: None
 ) -> None:
