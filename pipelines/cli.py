@@ -27,19 +27,19 @@ def train_tokenizer(
 
     Writes OUT/tokenizer.safetensors, metrics.jsonl, reconstructions.png, run.json. Stopped runs go on when the same command is given.
 
-    Where --steps, --batch-size and --learning-rate are not given, and [fit] in --config says nothing of them, the preset's are taken:
+    Where --steps, --batch-size, --learning-rate and --precision are not given, nor set in [fit] of --config, the preset's are taken:
 
-    | preset | steps | batch size | learning rate |
-    |---|---|---|---|
-    | grey28 | 2,000 | 64 | 0.002 |
-    | rgb32 | 3,000 | 64 | 0.002 |
-    | rgb256 | 20,000 | 32 | 0.001 |
-    | fsq32 | 3,000 | 64 | 0.002 |
-    | dalle64 | 5,000 | 32 | 0.001 |
-    | nngen_mnist | 28,125 | 64 | 0.001 |
-    | zalando_cifar | 15,000 | 256 | 0.001 |
-    | sonnet_cifar | 10,000 | 32 | 0.0003 |
-    | unixpickle_256 | 100,000 | 16 | 0.001 |
+    | preset | steps | batch size | learning rate | precision |
+    |---|---|---|---|---|
+    | grey28 | 2,000 | 64 | 0.002 | fp32 |
+    | rgb32 | 3,000 | 64 | 0.002 | fp32 |
+    | rgb256 | 20,000 | 32 | 0.001 | fp32 |
+    | fsq32 | 3,000 | 64 | 0.002 | fp32 |
+    | dalle64 | 5,000 | 32 | 0.001 | fp32 |
+    | nngen_mnist | 28,125 | 64 | 0.001 | fp32 |
+    | zalando_cifar | 15,000 | 256 | 0.001 | fp32 |
+    | sonnet_cifar | 10,000 | 32 | 0.0003 | fp32 |
+    | unixpickle_256 | 100,000 | 16 | 0.001 | fp32 |
 
     Args:
         corpus: a folder of images, quoted tar shards, or torchvision:NAME?root=DIR.

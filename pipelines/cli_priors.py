@@ -16,17 +16,17 @@ def train_prior(
 
     Writes OUT/prior.safetensors, metrics for each level, run.json. Stopped runs go on when the same command is given.
 
-    Where --steps, --batch-size and --learning-rate are not given, and [fit] in --config says nothing of them, the preset's are taken:
+    Where --steps, --batch-size, --learning-rate and --precision are not given, nor set in [fit] of --config, the preset's are taken:
 
-    | preset | steps | batch size | learning rate |
-    |---|---|---|---|
-    | pixelcnn-tiny | 400 | 32 | 0.006 |
-    | pixelcnn | 2,000 | 64 | 0.002 |
-    | pixelcnn-large | 40,000 | 128 | 0.0005 |
-    | razavi | 40,000 | 128 | 0.0002 |
-    | gpt-tiny | 400 | 32 | 0.003 |
-    | gpt | 2,000 | 64 | 0.001 |
-    | gpt-large | 40,000 | 128 | 0.0005 |
+    | preset | steps | batch size | learning rate | precision |
+    |---|---|---|---|---|
+    | pixelcnn-tiny | 400 | 32 | 0.006 | fp32 |
+    | pixelcnn | 2,000 | 64 | 0.002 | auto |
+    | pixelcnn-large | 40,000 | 128 | 0.0005 | auto |
+    | razavi | 40,000 | 128 | 0.0002 | auto |
+    | gpt-tiny | 400 | 32 | 0.003 | fp32 |
+    | gpt | 2,000 | 64 | 0.001 | auto |
+    | gpt-large | 40,000 | 128 | 0.0005 | auto |
 
     Args:
         store: the code store.

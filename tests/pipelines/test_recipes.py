@@ -84,7 +84,7 @@ def test_help_says_what_presets_train_for(command: Callable[..., int], recipes: 
     found = [line.strip() for line in (command.__doc__ or "").splitlines() if line.strip().startswith("|")]
     images = [name for name in recipes if not name.startswith("video")]  # which alone can be trained so far
     rows = [
-        f"| {name} | {fit.steps:,} | {fit.batch_size} | {fit.learning_rate:g} |"
+        f"| {name} | {fit.steps:,} | {fit.batch_size} | {fit.learning_rate:g} | {fit.precision} |"
         for name, fit in recipes.items()
         if name in images
     ]
