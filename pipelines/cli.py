@@ -27,6 +27,20 @@ def train_tokenizer(
 
     Writes OUT/tokenizer.safetensors, metrics.jsonl, reconstructions.png, run.json. Stopped runs go on when the same command is given.
 
+    Where --steps, --batch-size, --learning-rate and --precision are not given, nor set in [fit] of --config, the preset's are taken:
+
+    | preset | steps | batch size | learning rate | precision |
+    |---|---|---|---|---|
+    | grey28 | 2,000 | 64 | 0.002 | fp32 |
+    | rgb32 | 3,000 | 64 | 0.002 | fp32 |
+    | rgb256 | 20,000 | 32 | 0.001 | fp32 |
+    | fsq32 | 3,000 | 64 | 0.002 | fp32 |
+    | dalle64 | 5,000 | 32 | 0.001 | fp32 |
+    | nngen_mnist | 28,125 | 64 | 0.001 | fp32 |
+    | zalando_cifar | 15,000 | 256 | 0.001 | fp32 |
+    | sonnet_cifar | 10,000 | 32 | 0.0003 | fp32 |
+    | unixpickle_256 | 100,000 | 16 | 0.001 | fp32 |
+
     Args:
         corpus: a folder of images, quoted tar shards, or torchvision:NAME?root=DIR.
         out: the folder to make.
@@ -139,7 +153,7 @@ app.command(slice_store, name="slice")
 
 @app.command
 def decode(
-    store: Path, /, *, out: Path, rows: str = "0:16", tokenizer: Path | None = None, tokenizer_module: str | None = None, originals: str | None = None,
+    store: Path, /, *, out: Path, rows: str | None = None, tokenizer: Path | None = None, tokenizer_module: str | None = None, originals: str | None = None,
     columns: int | None = None, common: Common = Common(),
 ) -> int:  # fmt: skip
     """Turn codes back into pictures: original (if wanted) | reconstruction | codes.
@@ -147,7 +161,7 @@ def decode(
     Args:
         store: the code store.
         out: the PNG to write.
-        rows: START:STOP, which rows to show.
+        rows: START:STOP, which rows to show; the first 16 if not given. Either side may be left out; rows that are not there are refused.
         tokenizer: the folder of the tokenizer that made the codes; the one recorded beside the store if not given.
         tokenizer_module: package.module:factory, when your own code made them; a store never imports code by itself.
         originals: the corpus that was tokenized, to show the original images beside.

@@ -40,7 +40,7 @@ def decode(
     store: Path,
     out: Path,
     *,
-    rows: str,
+    rows: str | None,
     tokenizer_path: Path | None,
     module: str | None,
     originals: str | None,
@@ -150,7 +150,7 @@ def _plan_of(codes: Codes, corpus: str) -> Plan:
     return plan
 
 
-def _row_range(text: str, number: int) -> tuple[int, int]:
+def _row_range(text: str | None, number: int) -> tuple[int, int]:
     rows = row_range(text, number)
     if len(rows) > MAX_ROWS:
         raise UsageError(f"--rows {text}: {len(rows):,} rows in one picture; ask for at most {MAX_ROWS:,}.")

@@ -52,7 +52,7 @@ def read_tables(path: Path | None, tables: Iterable[str]) -> dict[str, dict[str,
         tables: which tables the command knows.
 
     Raises:
-        UsageError: no such file, not TOML, or a table that is not known.
+        UsageError: no such file, not TOML, a table that is not known, or a key of [fit] in another one.
     """
     known = list(tables)
     found: dict[str, dict[str, Any]] = {name: {} for name in known}
@@ -70,7 +70,21 @@ def read_tables(path: Path | None, tables: Iterable[str]) -> dict[str, dict[str,
                 f"--config {path}: unknown entry {name!r}; expected the tables {', '.join(f'[{table}]' for table in known)}.{did_you_mean(name, known)}"
             )
         found[name] = table
+        if name != "fit":
+            _refuse_of_fit(path, name, table)
     return found
+
+
+def _refuse_of_fit(path: Path, name: str, table: Mapping[str, Any]) -> None:
+    """Sends a setting of the training, which people look for where the model's are, to its table."""
+    of_fit = {field.name for field in fields(FitConfig)}
+    for key, value in table.items():
+        if key in of_fit:
+            raise UsageError(
+                f"--config {path}: [{name}] {key} is a setting of the training; write it into the table [fit]."
+            )
+        if isinstance(value, dict):
+            _refuse_of_fit(path, f"{name}.{key}", value)
 
 
 def fit_config(recipe: FitConfig, table: Mapping[str, Any], flags: Mapping[str, Any], device: str = "cpu") -> FitConfig:

@@ -149,7 +149,7 @@ def train_prior(
                 trained = {name: _train_level(jobs[name], place, flags, device) for name in wanted}
             if missing := [name for name in jobs if name not in trained]:
                 return _unfinished(out, level, missing)
-            prior = priors.Prior(prior_config).eval()
+            prior = priors.Prior(prior_config, codes.class_names[: prior_config.num_classes]).eval()
             for name, found in trained.items():
                 priors.PriorStep(prior, name).load_state_dict(found.tensors)
             priors.save(prior, place.folder)

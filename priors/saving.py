@@ -1,4 +1,4 @@
-"""A prior on disk: `prior.safetensors`, its weights with its configuration in the metadata."""
+"""A prior on disk: `prior.safetensors`, its weights with its configuration and the names of its classes in the metadata."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ FILE_NAME = CHECKPOINT_FILES[KIND]
 def save(prior: Prior, folder: Path | str) -> Path:
     """Writes a prior into a folder (made if need be, an older prior there is replaced) and returns the file."""
     path = Path(folder) / FILE_NAME
-    save_checkpoint(
-        path, prior.state_dict(), {"kind": KIND, "config": prior.config.to_dict(), "fingerprint": prior.fingerprint}
-    )
+    metadata = {"kind": KIND, "config": prior.config.to_dict(), "fingerprint": prior.fingerprint}
+    save_checkpoint(path, prior.state_dict(), metadata | {"class_names": list(prior.class_names)})
     return path
 
 
@@ -48,7 +47,8 @@ def load(path: Path | str) -> Prior:
         )
     try:
         parsed = PriorConfig.from_dict(config)
-        prior = build_module(lambda: Prior(parsed), tensors)
+        names = metadata.get("class_names", [])  # older files have none
+        prior = build_module(lambda: Prior(parsed, names), tensors)
     except CodesError as error:
         raise CodesError(f"{file}: {error}") from error
     if prior.fingerprint != metadata.get("fingerprint"):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from priors import load, save
+from priors import Prior, load, save
 from priors.level import inference
 from vqmill.checkpoint import load_checkpoint, save_checkpoint
 from vqmill.errors import CodesError
@@ -32,6 +32,32 @@ def test_the_fingerprint_follows_the_weights(toy):
     with torch.no_grad():
         next(toy.parameters()).add_(1)
     assert toy.fingerprint != before
+
+
+def test_class_names_are_kept_and_are_no_part_of_the_fingerprint(toy, tmp_path):
+    named = Prior(toy.config, ["cat", ""])
+    named.load_state_dict(toy.state_dict())
+    assert named.fingerprint == toy.fingerprint
+    save(named, tmp_path)
+    assert load(tmp_path).class_names == ("cat", "")
+    assert load(save(toy, tmp_path)).class_names == ()
+
+
+def test_files_of_before_class_names_load(toy, tmp_path):
+    file = save(toy, tmp_path)
+    tensors, metadata = load_checkpoint(file)
+    save_checkpoint(file, tensors, {name: value for name, value in metadata.items() if name != "class_names"})
+    again = load(file)
+    assert (again.class_names, again.fingerprint) == ((), toy.fingerprint)
+
+
+@pytest.mark.parametrize("names", ["cat", [1], None, {"0": "cat"}, ["a", "b", "c", "d"]])
+def test_names_that_are_none_are_refused(toy, tmp_path, names):
+    file = save(toy, tmp_path)
+    tensors, metadata = load_checkpoint(file)
+    save_checkpoint(file, tensors, metadata | {"class_names": names})
+    with pytest.raises(CodesError, match=r"prior\.safetensors: class_names: expected"):
+        load(file)
 
 
 def resized(metadata, **sizes):
