@@ -21,8 +21,10 @@ LISTED = 10
 
 
 def inspect_corpus(plan: Plan) -> Result:
+    """Reads and decodes everything in a corpus, and says what is there."""
     reasons: Counter[str] = Counter()
     sizes: Counter[tuple[int, int]] = Counter()
+    kinds: Counter[str] = Counter()
     labels: Counter[int] = Counter()
     problems: list[dict[str, str]] = []
     examples: list[str] = []
@@ -40,6 +42,7 @@ def inspect_corpus(plan: Plan) -> Result:
                     examples.append(f"  {problem.reason}: {sample.source}: {sample.key} ({problem.detail})")
             else:
                 sizes[(decoded.width, decoded.height)] += 1
+                kinds[decoded.kind] += 1
                 if sample.label is not None:
                     labels[sample.label] += 1
             show(done, plan.num_samples, f"{reasons.total():,} bad" if reasons else "")
@@ -51,6 +54,7 @@ def inspect_corpus(plan: Plan) -> Result:
     if sizes:
         common = ", ".join(f"{width}x{height} ({count:,})" for (width, height), count in sizes.most_common(3))
         lines.append(f"sizes: {len(sizes):,} different, most often {common}")
+        lines.append("formats and modes: " + ", ".join(f"{kind} ({count:,})" for kind, count in kinds.most_common()))
     named = (
         f", named {', '.join(plan.class_names[:5])}{' ...' if len(plan.class_names) > 5 else ''}"
         if plan.class_names
@@ -65,6 +69,7 @@ def inspect_corpus(plan: Plan) -> Result:
         "kind": "corpus",
         "input_shards": len(plan.shards),
         "reasons": dict(reasons),
+        "kinds": dict(kinds),
         "classes": len(labels),
         "skipped_reasons": dict(plan.skipped),
         "problems": problems,
