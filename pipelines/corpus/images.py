@@ -215,7 +215,7 @@ def _decode(data: bytes, preprocessing: Preprocessing, view: View) -> Decoded:
         orientation = _orientation(image)
         pixels = to_8_bit(image, preprocessing.channels)
     box = visible_box((width, height), preprocessing.fit, view.position, orientation)
-    scaled = tuple(edge / scale for edge in box)
+    scaled = (box[0] / scale, box[1] / scale, box[2] / scale, box[3] / scale)
     square = make_square(
         pixels, scaled, preprocessing.size, preprocessing.background, preprocessing.channels, orientation, view.flip
     )

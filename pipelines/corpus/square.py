@@ -116,7 +116,7 @@ def _pixels(image: Image.Image | Pixels, box: tuple[int, int, int, int]) -> Pixe
 def _shared(image: Image.Image) -> Pixels | None:
     """Pillow's memory of an `RGB` image [H, W, 4], not copied; None when it lies in several blocks."""
     try:
-        flat = pa.array(image).values
+        flat = pa.array(image).values  # pyright: ignore[reportCallIssue, reportArgumentType] - the stubs know no __arrow_c_array__
     except ValueError:
         return None
     return torch.from_dlpack(flat).numpy().reshape(image.height, image.width, 4)
