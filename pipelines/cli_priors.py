@@ -34,7 +34,7 @@ def train_prior(
         preset: gated PixelCNNs: pixelcnn-tiny, pixelcnn, pixelcnn-large, razavi (the paper's sizes, for GPUs); transformers: gpt-tiny, gpt,
             gpt-large.
         config: a TOML file with tables [prior], [prior.LEVEL], [fit] and [fit.LEVEL] over the preset.
-        level: train this level only, with the same other settings; OUT is made when all have been trained.
+        level: train this level only; flags such as --steps are then of it alone. OUT is made when all have been trained.
         holdout: share of the samples kept out of training and used to evaluate, chosen by their keys.
     """
     from pipelines.train_prior import train_prior as job

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from pipelines.check import usage_lines
 from pipelines.inspect_corpus import inspect_corpus
-from pipelines.inspect_runs import inspect_evaluation, inspect_scores, inspect_unfinished, made_by
+from pipelines.inspect_runs import inspect_evaluation, inspect_scores, inspect_unfinished, made_by, results_of
 from pipelines.outputs import disk_bytes, recorded_command
 from pipelines.planning import planned
 from pipelines.progress import meter
@@ -33,8 +33,10 @@ def inspect(path: str) -> Result:
     match kind_of(place):
         case "store" | "zarr":
             return _inspect_store(place)
-        case "tokenizer" | "prior" as kind:
-            return _inspect_checkpoint(place, kind)
+        case "tokenizer":
+            return _inspect_tokenizer(place)
+        case "prior":
+            return _inspect_prior(place)
         case "evaluation":
             return inspect_evaluation(place)
         case "scores":
@@ -60,12 +62,12 @@ def _inspect_store(path: Path) -> Result:
     labels = codes.labels
     labelled = int((labels != MISSING_LABEL).sum())
     quarantine = codes.quarantine()
-    state = "complete" if spec.complete else "UNFINISHED: run the command that made it again to finish it"
+    state = "complete" if spec.complete else f"UNFINISHED, of {spec.segments[-1].num_samples:,} samples"
     lines = [
         f"{path}: a code store, {state}: {len(codes):,} rows in {spec.num_commits} Zarr shards of {spec.rows_per_shard:,}",
         _origin(spec),
         f"{labelled:,} rows with labels, {len(np.unique(labels[labels != MISSING_LABEL]))} classes",
-        *usage_lines(spec, usage.used, usage.perplexity),
+        *(usage_lines(spec, usage.used, usage.perplexity) if len(codes) else ()),
         f"codes on disk: {disk / 1e6:,.2f} MB, {raw / max(disk, 1):.2f} times smaller than raw {raw / 1e6:,.2f} MB",
         f"quarantined: {quarantine.num_rows:,} samples"
         + (f", in {path / 'quarantine'}" if quarantine.num_rows else ""),
@@ -75,7 +77,7 @@ def _inspect_store(path: Path) -> Result:
         for row in quarantine.slice(0, LISTED).to_pylist()
     ]
     if command := recorded_command(run_file(path), path):
-        lines.append(f"made by: {command}")
+        lines.append(f"{'made by' if spec.complete else 'to go on with it'}: {command}")
     facts = {
         "kind": "store",
         "complete": spec.complete,
@@ -101,22 +103,37 @@ def _origin(spec: StoreSpec) -> str:
     return f"made from {spec.corpus.get('description')} by tokenizer {fingerprint} ({made})"
 
 
-def _inspect_checkpoint(path: Path, kind: Literal["tokenizer", "prior"]) -> Result:
-    if kind == "prior":
-        import priors as package
-    else:
-        import tokenizer as package
-    model = package.load(path)
-    config, facts = model.config.to_dict(), model.config.to_dict()
-    lines = [
-        f"{path}: a {kind}, preset {config['preset']}, {model.num_parameters:,} parameters, fingerprint {model.fingerprint}"
-    ]
-    if kind == "prior":
-        lines += _level_lines(config.pop("levels"), config.pop("networks"))
-    lines += [f"  {key}: {value}" for key, value in config.items() if key != "preset"]
+def _inspect_tokenizer(path: Path) -> Result:
+    import tokenizer
+
+    model = tokenizer.load(path)
+    config = model.config.to_dict()
+    fields = [f"  {key}: {value}" for key, value in config.items() if key != "preset"]
+    return _checkpoint("tokenizer", path, model.fingerprint, model.num_parameters, config, fields, {})
+
+
+def _inspect_prior(path: Path) -> Result:
+    import priors
+
+    model = priors.load(path)
+    config, names = model.config.to_dict(), list(model.class_names)
+    lines = _level_lines(config["levels"], config["networks"])
+    lines += [f"  {key}: {config[key]}" for key in config if key not in ("preset", "levels", "networks")]
+    if names:
+        listed = ", ".join(f"{number} {name}" for number, name in enumerate(names[:LISTED]))
+        lines.append(f"  classes: {listed}{' ...' if len(names) > LISTED else ''}")
+    return _checkpoint("prior", path, model.fingerprint, model.num_parameters, config, lines, {"class_names": names})
+
+
+def _checkpoint(
+    kind: str, path: Path, fingerprint: str, parameters: int, config: dict[str, Any], lines: list[str], facts: dict[str, Any]
+) -> Result:  # fmt: skip
+    """What a checkpoint is, how good its training found it, its settings, and the command that made it."""
+    folder = path if path.is_dir() else path.parent
+    head = f"{path}: a {kind}, preset {config['preset']}, {parameters:,} parameters, fingerprint {fingerprint}"
     return Result(
-        [*lines, *made_by(path if path.is_dir() else path.parent)],
-        facts={"kind": kind, "fingerprint": model.fingerprint, "parameters": model.num_parameters, "config": facts},
+        [head, *results_of(folder, fingerprint), *lines, *made_by(folder)],
+        facts={"kind": kind, "fingerprint": fingerprint, "parameters": parameters, "config": config, **facts},
     )
 
 

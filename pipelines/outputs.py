@@ -9,7 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -123,6 +123,14 @@ def refuse_inside(out: Path, source: str, kind: str = "corpus") -> None:
         )
 
 
+def recorded_settings(out: Path) -> dict[str, Any]:
+    """The settings with which an output was made, or begun; nothing where there is none."""
+    for folder in (out, out.with_name(out.name + PARTIAL_SUFFIX)):
+        if (folder / SETTINGS_FILE).is_file():
+            return json.loads((folder / SETTINGS_FILE).read_bytes())
+    return {}
+
+
 def require_room(path: Path, needed_bytes: int) -> None:
     """Refuses to start a job whose output will not fit.
 
@@ -163,12 +171,13 @@ def run_record(**facts: Any) -> dict[str, Any]:
     }
 
 
-def recorded_command(record: Path, out: Path) -> str | None:
+def recorded_command(record: Path, out: Path, untrained: Sequence[str] = ()) -> str | None:
     """The command that made an output, ready to be pasted, as its record says; None when there is no such record.
 
     Args:
         record: what `run_record` gave, or what an unfinished output has in its place.
         out: where the output is now.
+        untrained: levels that are still to be trained; a command for another level becomes one for the first of them, or for `all`.
     """
     try:
         found: JsonValue = json.loads(record.read_bytes())
@@ -179,7 +188,7 @@ def recorded_command(record: Path, out: Path) -> str | None:
         return None
     folder = found.get("folder") if isinstance(found, dict) else None
     elsewhere = isinstance(folder, str) and folder != str(Path.cwd())
-    command = shlex.join(_with_out(list(map(str, words)), out.absolute() if elsewhere else out))
+    command = shlex.join(_with_level(_with_out(list(map(str, words)), out.absolute() if elsewhere else out), untrained))
     return f"cd {shlex.quote(str(folder))} && {command}" if elsewhere else command
 
 
@@ -188,12 +197,25 @@ def _with_out(words: list[str], out: Path) -> list[str]:
     words = [word for word in words if word != "--json"]
     if "demo" in words[1:2]:  # its --out holds several outputs
         return words
+    flag = "--codes" if "sample" in words[1:2] else "--out"  # the store; its --out is the picture
     for place, word in enumerate(words):
-        if word == "--out" and place + 1 < len(words):
+        if word == flag and place + 1 < len(words):
             words[place + 1] = str(out)
-        elif word.startswith("--out="):
-            words[place] = f"--out={out}"
+        elif word.startswith(f"{flag}="):
+            words[place] = f"{flag}={out}"
     return words
+
+
+def _with_level(words: list[str], untrained: Sequence[str]) -> list[str]:
+    """A recorded command whose level, if it has one and that is trained, is one that is not."""
+    if "--level" in words[:-1]:
+        place = words.index("--level")
+        words = [*words[:place], f"--level={words[place + 1]}", *words[place + 2 :]]
+    others = ("--level=all", *(f"--level={name}" for name in untrained))
+    return [
+        f"--level={untrained[0]}" if untrained and word.startswith("--level=") and word not in others else word
+        for word in words
+    ]
 
 
 def _typed() -> dict[str, Any]:

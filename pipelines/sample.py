@@ -26,7 +26,6 @@ from pipelines.pictures import (
     check_picture,
     fits,
     good_scale,
-    image_grid,
     row_captions,
     save_picture,
     side_by_side,
@@ -124,9 +123,11 @@ def sample(
     arrays = {name: values.numpy() for name, values in drawn.items()}
     images = decode_rows(model, arrays, options.batch_size)
     whole = None if asked.whole is None else decode_rows(model, asked.whole, options.batch_size)
-    save_picture(out, _picture(images, whole, asked, prior), settings)
-    words = ", ".join([_label_words(asked, prior), *_drawing_words(drawing)])
-    lines = [*asked.notes, f"made {out}: {asked.num} images, seed {options.seed}, {words}"]
+    words = ", ".join(
+        [f"seed {options.seed}", _label_words(asked, prior), *_drawing_words(drawing), *_kept_words(asked)]
+    )
+    save_picture(out, _picture(images, whole, asked, prior, words), settings)
+    lines = [*asked.notes, f"made {out}: {asked.num} images, {words}"]
     facts: dict[str, Any] = {"out": str(out), "seed": options.seed, "label": asked.label}
     if (codes := options.codes) is not None:
         _write_codes(codes, spec, arrays, asked.labels, images.shape[-1])
@@ -153,6 +154,10 @@ def _drawing_words(drawing: priors.Drawing) -> list[str]:
     """What differs from the model as it is."""
     plain = asdict(priors.Drawing())
     return [f"{name} {value:g}" for name, value in asdict(drawing).items() if value != plain[name]]
+
+
+def _kept_words(asked: _Asked) -> list[str]:
+    return [] if asked.source is None else ["the upper {} of {} rows of codes kept".format(*asked.source["kept"])]
 
 
 def each_layout(num_classes: int, num: int | None) -> tuple[int, int]:
@@ -214,10 +219,9 @@ def _completions(prior: priors.Prior, place: Path, store: Path, options: SampleO
     if options.num is not None:
         raise UsageError("--num: with --complete, as many images are made as --rows chooses; leave one of them out.")
     keep = 0.5 if options.keep is None else options.keep
-    height = prior.config.levels[0].grid[
-        0
-    ]  # coarse codes decide, so that no finer one is kept under a coarse one that is drawn
-    kept = round(keep * height)
+    # Coarse codes decide, so that no finer one is kept under a coarse one that is drawn.
+    height = prior.config.levels[0].grid[0]
+    kept = round(keep * height) if 0 < keep < 1 else 0
     if not 0 < kept < height:
         raise UsageError(
             f"--keep {keep:g}: would keep {kept} of the {height} rows of level '{prior.levels[0]}', so that nothing is left to "
@@ -240,29 +244,26 @@ def _completions(prior: priors.Prior, place: Path, store: Path, options: SampleO
     return _Asked(len(rows), label, labels, columns, notes, given, whole, source, captions)
 
 
-def _picture(images: Pixels, whole: Pixels | None, asked: _Asked, prior: priors.Prior) -> Image.Image:
-    """A grid of the images with their classes, or beside what they were completed from."""
+def _picture(images: Pixels, whole: Pixels | None, asked: _Asked, prior: priors.Prior, words: str) -> Image.Image:
+    """A grid of the images with their classes, or beside what they were completed from; `words` say how they were drawn."""
     columns, scale, names = asked.columns, good_scale(images.shape[-1]), prior.class_names
     if whole is not None and asked.source is not None:
         kept, height = asked.source["kept"]
         upper = whole.copy()
         upper[:, :, kept * whole.shape[2] // height :] = 128
-        named = "completed" if asked.label is None else f"completed: {_label_words(asked, prior)}"
-        panels = [Panel("whole", whole, asked.captions), Panel("kept", upper), Panel(named, images)]
+        panels = [Panel("decoded", whole, asked.captions), Panel("kept", upper), Panel(f"completed: {words}", images)]
         return side_by_side(panels, columns, scale)
-    if asked.label is None:
-        return image_grid(images, columns, scale)
-    title, num_classes = _label_words(asked, prior), prior.config.num_classes
     if asked.label != EACH:
-        return side_by_side([Panel(title, images)], columns, scale)
+        return side_by_side([Panel(words, images)], columns, scale)
+    num_classes = prior.config.num_classes
     side = scale * images.shape[-1]
     headings = [
         heading(number % num_classes, names, lambda name: fits(name, side))
         for number in range(max(columns, len(images)))
     ]
     if columns % num_classes == 0:
-        return side_by_side([Panel(title, images, headings=headings[:columns])], columns, scale)
-    return side_by_side([Panel(title, images, [[name] for name in headings[: len(images)]])], columns, scale)
+        return side_by_side([Panel(words, images, headings=headings[:columns])], columns, scale)
+    return side_by_side([Panel(words, images, [[name] for name in headings[: len(images)]])], columns, scale)
 
 
 def _label(text: str | None, prior: priors.Prior) -> tuple[str | None, list[str]]:

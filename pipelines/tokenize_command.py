@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -73,7 +74,8 @@ def tokenize(
         made = tokenize_corpus(plan, model, out, options, show, started=record)
     if made.did_something or not run_file(out).exists():
         record(rows=made.rows, counts=asdict(made.counts), seconds=made.seconds)
-    lines = _made_lines(out, levels, made)
+    size = disk_bytes(out)
+    lines = _made_lines(out, levels, made, size)
     if made.appended_rows:
         lines.append(f"appended: {made.appended_rows:,} rows, behind the {made.rows - made.appended_rows:,} of before")
     if made.mended:
@@ -92,7 +94,7 @@ def tokenize(
     facts = {
         "out": str(out),
         "resumed_rows": made.resumed_rows,
-        "disk_bytes": disk_bytes(out),
+        "store_bytes": size,
         "appended_rows": made.appended_rows,
         "mended_shards": list(made.mended),
         "reasons": made.reasons,
@@ -101,7 +103,7 @@ def tokenize(
     return Result(lines, made.counts, made.rows, facts, quarantine=str(out / "quarantine"))
 
 
-def _made_lines(out: Path, levels: Iterable[LevelSpec], made: TokenizeResult) -> list[str]:
+def _made_lines(out: Path, levels: Iterable[LevelSpec], made: TokenizeResult, size: int) -> list[str]:
     """What is there, and what this run did for it."""
     new = made.rows - made.resumed_rows
     run = "nothing to do: it was finished before"
@@ -109,7 +111,7 @@ def _made_lines(out: Path, levels: Iterable[LevelSpec], made: TokenizeResult) ->
         run = f"this run: {new:,} rows in {made.seconds:,.1f} s, start-up included ({new / made.seconds:,.0f} rows/s)"
         run += f"; {made.resumed_rows:,} rows were committed before" if made.resumed_rows else ""
     return [
-        f"{out}: {made.rows:,} rows of {_grids(levels)}; {disk_bytes(out) / 1e6:,.2f} MB on disk, "
+        f"{out}: {made.rows:,} rows of {_grids(levels)}; {size / 1e6:,.2f} MB on disk, "
         f"{made.counts.quarantined:,} samples quarantined",
         run,
     ]
@@ -118,7 +120,8 @@ def _made_lines(out: Path, levels: Iterable[LevelSpec], made: TokenizeResult) ->
 def next_command(out: Path, levels: Iterable[LevelSpec]) -> str:
     """What to do with a new store: train a prior, where its levels are such as priors model."""
     flat = all(len(level.grid) == 2 for level in levels)
-    return f"vqmill train-prior {out} --out DIR" if flat else f"vqmill inspect {out}"
+    place = shlex.quote(str(out))
+    return f"vqmill train-prior {place} --out DIR" if flat else f"vqmill inspect {place}"
 
 
 def _grids(levels: Iterable[LevelSpec]) -> str:
