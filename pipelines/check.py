@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from vqmill.usage import counted_names, title
 from vqmill.verify import verify_store
 
 
-def verify(store: Path, *, quick: bool) -> Result:
+def verify(store: str | Path, *, quick: bool) -> Result:
     """Runs the command; see `vqmill verify --help`."""
     spec = read_spec(store)
     with meter("verifying", "Zarr shards") as show:
@@ -54,13 +55,13 @@ def verify(store: Path, *, quick: bool) -> Result:
         "used_codes": found.used_codes,
         "perplexity": found.perplexity,
     }
-    result = Result(lines, counts, found.rows, facts, quarantine=str(store / "quarantine"))
+    result = Result(lines, counts, found.rows, facts, quarantine=f"{store}/quarantine")
     if found.problems:
         result.code = FAILED
     return result
 
 
-def repair(store: Path, *, dry_run: bool) -> Result:
+def repair(store: str | Path, *, dry_run: bool) -> Result:
     """Runs the command; see `vqmill repair --help`."""
     command = recorded_command(store)
     with meter("verifying", "Zarr shards") as show:
@@ -83,7 +84,7 @@ def repair(store: Path, *, dry_run: bool) -> Result:
     return Result(lines, facts=facts, code=OK if whole else FAILED)
 
 
-def recorded_command(store: Path) -> str | None:
+def recorded_command(store: str | Path) -> str | None:
     """The command that made a store, ready to be pasted, as recorded beside it; None when there is no such record."""
     try:
         record: JsonValue = json.loads(run_file(store).read_bytes())
@@ -94,11 +95,13 @@ def recorded_command(store: Path) -> str | None:
         return None
     folder = record.get("folder") if isinstance(record, dict) else None
     elsewhere = isinstance(folder, str) and folder != str(Path.cwd())
-    command = shlex.join(_with_out(list(map(str, words)), store.absolute() if elsewhere else store))
+    command = shlex.join(
+        _with_out(list(map(str, words)), os.path.abspath(store) if elsewhere and "://" not in str(store) else store)
+    )
     return f"cd {shlex.quote(str(folder))} && {command}" if elsewhere else command
 
 
-def _with_out(words: list[str], store: Path) -> list[str]:
+def _with_out(words: list[str], store: str | Path) -> list[str]:
     """A recorded command, for the store at the place where it is now, and for people to read."""
     words = [word for word in words if word != "--json"]
     for place, word in enumerate(words):

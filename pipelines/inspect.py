@@ -22,12 +22,13 @@ from pipelines.planning import planned
 from pipelines.progress import meter
 from pipelines.results import OK, QUARANTINED, Result
 from pipelines.train import FINAL_FILE
-from vqmill.commits import Commit, Counts
-from vqmill.layout import commit_file, read_spec
-from vqmill.places import Folder
+from vqmill.commits import Counts
+from vqmill.layout import read_spec
+from vqmill.places import place_of
 from vqmill.spec import MISSING_LABEL, StoreSpec
 from vqmill.store import Codes
 from vqmill.usage import StoreUsage
+from vqmill.writer import read_commits
 
 PROBE_SIZE = 32  # what images are decoded to when only their health is of interest
 THREADS = 4
@@ -37,9 +38,9 @@ BLOCK_ROWS = 65_536
 
 def inspect(path: str) -> Result:
     """Runs the command; see `vqmill inspect --help`."""
+    if "://" in path or (Path(path) / "zarr.json").is_file():
+        return _inspect_store(path)
     place = Path(path)
-    if (place / "zarr.json").is_file():
-        return _inspect_store(place)
     for name in ("tokenizer.safetensors", "prior.safetensors"):
         if (place / name).is_file() or (place.name == name and place.is_file()):
             return _inspect_checkpoint(place, prior=name.startswith("prior"))
@@ -57,8 +58,9 @@ def _inspect_unfinished(path: Path) -> Result:
     return Result(lines, facts={"kind": "unfinished", "command": command, "trained": trained})
 
 
-def _inspect_store(path: Path) -> Result:
-    codes = Codes(Folder(path), read_spec(path))
+def _inspect_store(path: str) -> Result:
+    place = place_of(path)
+    codes = Codes(place, read_spec(place))
     spec = codes.spec
     usage = StoreUsage(spec.levels)
     total = len(codes) * len(spec.levels)
@@ -67,7 +69,7 @@ def _inspect_store(path: Path) -> Result:
             for first in range(0, len(codes), BLOCK_ROWS):
                 usage.add(level.name, codes[level.name][first : first + BLOCK_ROWS])
                 show(number * len(codes) + min(len(codes), first + BLOCK_ROWS), total)
-    disk = sum(file.stat().st_size for level in codes.levels for file in (path / level).rglob("*") if file.is_file())
+    disk = sum(size for file, size in place.list().items() if file.split("/")[0] in codes.levels)
     raw = len(codes) * spec.row_bytes
     labels = codes.labels
     labelled = int((labels != MISSING_LABEL).sum())
@@ -79,8 +81,7 @@ def _inspect_store(path: Path) -> Result:
         f"{labelled:,} rows with labels, {len(np.unique(labels[labels != MISSING_LABEL]))} classes",
         *usage_lines(spec, usage.used, usage.perplexity),
         f"codes on disk: {disk / 1e6:,.2f} MB, {raw / max(disk, 1):.2f} times smaller than raw {raw / 1e6:,.2f} MB",
-        f"quarantined: {quarantine.num_rows:,} samples"
-        + (f", in {path / 'quarantine'}" if quarantine.num_rows else ""),
+        f"quarantined: {quarantine.num_rows:,} samples" + (f", in {path}/quarantine" if quarantine.num_rows else ""),
     ]
     lines += [
         f"  {row['reason']}: {row['source']}: {row['key']} ({row['detail']})"
@@ -94,11 +95,11 @@ def _inspect_store(path: Path) -> Result:
         "disk_bytes": disk,
         "raw_bytes": raw,
     }
-    commits = [Commit.read(path / commit_file(shard)) for shard in range(spec.num_commits)]
+    commits = read_commits(codes.place, range(spec.num_commits))
     counts = sum(
         (commit.counts for commit in commits), Counts(skipped=sum(dict(spec.corpus.get("skipped", {})).values()))
     )
-    return Result(lines, counts, len(codes), facts, quarantine=str(path / "quarantine"))
+    return Result(lines, counts, len(codes), facts, quarantine=f"{path}/quarantine")
 
 
 def _origin(spec: StoreSpec) -> str:

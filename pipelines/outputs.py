@@ -17,6 +17,7 @@ from typing import Any
 
 from vqmill.errors import UsageError
 from vqmill.files import PARTIAL_SUFFIX, canonical_json, hold_lock, sync_folder, write_whole
+from vqmill.places import Folder, Where, place_of
 from vqmill.settings import refuse_other_settings
 
 SETTINGS_FILE = "settings.json"
@@ -109,20 +110,27 @@ def _compare(folder: Path, wanted: Mapping[str, Any], advice: str) -> None:
     refuse_other_settings(str(folder), found, wanted, advice)
 
 
-def refuse_inside(out: Path, source: str, kind: str = "corpus") -> None:
+def refuse_inside(out: Path | str, source: str, kind: str = "corpus") -> None:
     """Refuses to write into the folder that is being read, a corpus or a store, where the output would become part of it.
 
     Raises:
         UsageError: `out` lies in it.
     """
-    if Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
+    if lies_in(out, source) and ("://" in source or Path(source).is_dir()):
         raise UsageError(
             f"--out {out}: lies inside the {kind} {source}, and would be read as a part of it. Choose a place outside."
         )
 
 
-def require_room(path: Path, needed_bytes: int) -> None:
-    """Refuses to start a job whose output will not fit.
+def lies_in(inner: Path | str, outer: Path | str) -> bool:
+    """Whether the first of two paths or addresses is, or lies in, the second."""
+    if "://" in f"{inner}{outer}":
+        return f"{inner}/".startswith(f"{outer}".rstrip("/") + "/")
+    return Path(inner).resolve().is_relative_to(Path(outer).resolve())
+
+
+def require_room(path: Where, needed_bytes: int) -> None:
+    """Refuses to start a job whose output will not fit on its disk; an object store tells nobody how much room it has.
 
     Args:
         path: where the output goes; it need not exist yet.
@@ -131,13 +139,16 @@ def require_room(path: Path, needed_bytes: int) -> None:
     Raises:
         UsageError: less is free.
     """
-    place = path.absolute()
+    target = place_of(path)
+    if not isinstance(target, Folder):
+        return
+    place = target.path.absolute()
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
     if free < needed_bytes + MARGIN_BYTES:
         raise UsageError(
-            f"{path}: the output may take {needed_bytes / 1e6:,.0f} MB (plus {MARGIN_BYTES / 1e6:.0f} MB to spare), "
+            f"{target.name}: the output may take {needed_bytes / 1e6:,.0f} MB (plus {MARGIN_BYTES / 1e6:.0f} MB to spare), "
             f"but only {free / 1e6:,.0f} MB are free there. Free some room, or choose an --out on another disk."
         )
 

@@ -28,6 +28,7 @@ from vqmill.commits import Counts
 from vqmill.errors import CodesError, UsageError
 from vqmill.files import canonical_json, write_whole
 from vqmill.loader import CodeBatches
+from vqmill.places import Place
 from vqmill.settings import did_you_mean
 
 EVALUATION_LIMIT = 4096  # held-out samples that an evaluation looks at
@@ -64,7 +65,7 @@ def to_tensors(batch: Mapping[str, np.ndarray[Any, Any]]) -> Batch:
 class PriorJob:
     """The training of one level, ready to be sent to any machine that sees the store."""
 
-    store: Path
+    store: Place
     level: str
     config: priors.PriorConfig
     fit: FitConfig
@@ -104,7 +105,7 @@ class PriorJob:
 
 
 def train_prior(
-    store: Path, out: Path, *, preset: str, config: Path | None, level: str, holdout: float, flags: FitFlags
+    store: str | Path, out: Path, *, preset: str, config: Path | None, level: str, holdout: float, flags: FitFlags
 ) -> Result:
     """Runs the command; see `vqmill train-prior --help`."""
     tables = read_tables(config, ("prior", "fit"))
@@ -139,7 +140,7 @@ def train_prior(
     }
     with torch.device("meta"):
         require_room(out, 8 * 4 * priors.Prior(prior_config).num_parameters)
-    jobs = {name: PriorJob(store.absolute(), name, prior_config, fits[name], holdout) for name in codes.levels}
+    jobs = {name: PriorJob(codes.place, name, prior_config, fits[name], holdout) for name in codes.levels}
     with OutputFolder(out, settings) as place:
         already = place.finished
         if not already:

@@ -17,7 +17,7 @@ import numpy as np
 from vqmill import native
 from vqmill.chunks import MISSING, ChunkLayout, crc32c, decode_chunk
 from vqmill.errors import CodesError
-from vqmill.places import OpenFile, Place
+from vqmill.places import OpenFile, Readable
 
 OPEN_SHARDS = 32  # of each array: a file descriptor and an index, of some kilobytes as our writers cut
 CACHE_BYTES = 32 * 1024 * 1024  # decoded chunks of each array, for those who read row by row
@@ -102,7 +102,7 @@ class _OpenShard:
 class ShardedArray:
     """Chunks of an array stored as docs/format.md says."""
 
-    def __init__(self, place: Place, shard_file: Callable[[int], str], layout: ChunkLayout) -> None:
+    def __init__(self, place: Readable, shard_file: Callable[[int], str], layout: ChunkLayout) -> None:
         """Opens nothing yet.
 
         Args:

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
-import subprocess
 import sys
-import time
-import urllib.request
 
 import numpy as np
 import obstore
@@ -17,49 +13,16 @@ import zarr
 
 import vqmill
 from vqmill import CodesError
-from vqmill.places import Bucket, Folder, read_file
+from vqmill import bucket as bucket_module
+from vqmill.bucket import Bucket
+from vqmill.places import Folder, read_file
 
-SECRET = "sentinel-secret-4711"
 
-
-@pytest.fixture(scope="module")
-def bucket(tmp_path_factory, finished_store):
-    """The address of a bucket that holds the finished store as codes.zarr; the environment says how it is reached."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("moto") / "log"
-    with log.open("wb") as output:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stdout=output, stderr=output
-        )
-    endpoint = f"http://127.0.0.1:{port}"
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "AWS_ENDPOINT_URL": endpoint,
-            "AWS_ACCESS_KEY_ID": "someone",
-            "AWS_SECRET_ACCESS_KEY": SECRET,
-            "AWS_REGION": "us-east-1",
-        }.items():
-            patch.setenv(name, value)
-        try:
-            for _ in range(200):
-                assert server.poll() is None, log.read_text()
-                try:
-                    urllib.request.urlopen(urllib.request.Request(f"{endpoint}/corpora", method="PUT")).close()
-                    break
-                except OSError:
-                    time.sleep(0.1)
-            place = Bucket("s3://corpora")
-            for file in finished_store.rglob("*"):
-                if file.is_file():
-                    obstore.put(
-                        place.store, f"codes.zarr/{file.relative_to(finished_store).as_posix()}", file.read_bytes()
-                    )
-            yield place
-        finally:
-            server.terminate()
-            server.wait()
+@pytest.fixture
+def bucket(s3, finished_store):
+    """The bucket, which holds the finished store as codes.zarr."""
+    s3.upload(finished_store, "s3://corpora/codes.zarr")
+    return Bucket("s3://corpora")
 
 
 def test_a_store_in_a_bucket_reads_as_on_the_disk(bucket, finished_store):
@@ -136,21 +99,22 @@ def test_other_codecs_in_a_bucket_are_read_by_zarr(bucket, store, stores):
     np.testing.assert_array_equal(found, stores.codes(stores.two_levels, 21)["top"])
 
 
-def test_no_message_holds_a_secret(bucket, monkeypatch):
+def test_no_message_holds_a_secret(bucket, s3, monkeypatch):
+    monkeypatch.setattr(bucket_module, "RETRY", {"max_retries": 1})
     messages = [repr(vqmill.open_codes("s3://corpora/codes.zarr"))]
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(CodesError) as unreachable:
         vqmill.open_codes("s3://corpora/codes.zarr")
     messages.append(str(unreachable.value))
     for address in (
-        f"s3://someone:{SECRET}@corpora/codes.zarr?token={SECRET}",
-        f"ftp://x:{SECRET}@host/a",
-        f"https://x:{SECRET}@127.0.0.1:9/codes.zarr",
+        f"s3://someone:{s3.secret}@corpora/codes.zarr?token={s3.secret}",
+        f"ftp://x:{s3.secret}@host/a",
+        f"https://x:{s3.secret}@127.0.0.1:9/codes.zarr",
     ):
         with pytest.raises(CodesError) as error:
             vqmill.open_codes(address)
         messages.append(str(error.value))
-    assert not any(SECRET in message for message in messages), messages
+    assert not any(s3.secret in message for message in messages), messages
 
 
 def test_without_obstore_it_is_said_how_to_get_it(monkeypatch):
