@@ -52,7 +52,7 @@ def buckets(folder: Path) -> Iterator[Line]:
         shards = [name for name in objects if name.startswith("codes/c/")]
         level = vqmill.open_codes(place)["codes"]
         assert shard_file("codes", 0, len(LEVEL.grid)) in shards
-        yield compare("reading all its codes, one range for each chunk, against raw gets of the Zarr shards",
+        yield compare("reading all its codes, decoding included, against raw gets of the Zarr shards",
                       lambda: level[:], partial(get, shards))  # fmt: skip
 
         def epoch() -> None:

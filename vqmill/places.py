@@ -9,10 +9,10 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -33,6 +33,19 @@ class OpenFile(Protocol):
 
     def read_into(self, start: int, buffer: Bytes) -> int:
         """Fills the buffer with the bytes from `start` on; returns how many there were.
+
+        Raises:
+            OSError: they cannot be had.
+        """
+        ...
+
+
+@runtime_checkable
+class RemoteFile(OpenFile, Protocol):
+    """A file each read of which is a request, so that many parts are better asked for together."""
+
+    def read_parts(self, starts: Sequence[int], sizes: Sequence[int]) -> list[Bytes]:
+        """Parts of the file, uint8 [size] each.
 
         Raises:
             OSError: they cannot be had.

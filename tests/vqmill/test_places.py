@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
+from dataclasses import replace
 
 import numpy as np
 import obstore
@@ -59,6 +61,52 @@ def test_one_row_takes_one_range_not_the_file(bucket, monkeypatch):
     size = len(obstore.get(bucket.store, "codes.zarr/top/c/0/0/0").bytes())
     assert [file for file, _ in asked] == ["top/c/0/0/0"] * 2  # the index, then a chunk, once
     assert sum(length for _, length in asked) <= size
+
+
+@pytest.fixture
+def chunky(s3, stores, address, tmp_path, monkeypatch):
+    """A store of four rows a chunk on the disk and in the bucket, 64 rows in four Zarr shards, with the gets of its ranges."""
+    monkeypatch.setattr("vqmill.spec.CHUNK_BYTES", 60)
+    spec = replace(stores.two_levels, rows_per_shard=16)
+    here = stores.write(tmp_path / "codes.zarr", spec, stores.codes(spec, 64))
+    asked = []
+    original = Bucket.get_ranges
+    monkeypatch.setattr(
+        Bucket,
+        "get_ranges",
+        lambda self, file, starts, sizes: asked.append((file, len(starts))) or original(self, file, starts, sizes),
+    )
+    return here, s3.upload(here, f"{address}/codes.zarr"), asked
+
+
+def test_chunks_that_are_read_together_are_asked_for_together(chunky):
+    here, there, asked = chunky
+    codes = vqmill.open_codes(there)
+    expected = vqmill.open_codes(here)["top"][:]
+    assert codes["top"]._reader.chunk_rows < 16
+    np.testing.assert_array_equal(codes["top"][:], expected)
+    chunks = 16 // codes["top"]._reader.chunk_rows
+    assert sorted(asked) == [(f"top/c/{shard}/0/0", chunks) for shard in range(4)]
+    scattered = [60, 61, 62, 63, 3, 2, 1, 0, 33]
+    np.testing.assert_array_equal(codes["top"][scattered], expected[scattered])
+
+
+def test_a_damaged_chunk_among_many_is_named_and_the_others_are_read(chunky):
+    here, there, _ = chunky
+    place, name = Bucket(there), "top/c/1/0/0"
+    data = bytearray(place.get(name)[0])
+    rows = vqmill.open_codes(here)["top"]._reader.chunk_rows
+    start, size = np.frombuffer(data[-16 * (16 // rows) - 4 : -4], "<u8").reshape(-1, 2)[1].tolist()
+    data[start + size // 2] ^= 1
+    place.write(name, bytes(data))
+    place.delete(["top/c/3/0/0"])
+    codes = vqmill.open_codes(there)
+    for stop, bad in ((64, f"{16 + rows}..{16 + 2 * rows - 1}"), (32, f"{16 + rows}..")):
+        with pytest.raises(CodesError, match=rf"'top' cannot be read in rows {re.escape(bad)}"):
+            codes["top"][:stop]
+    with pytest.raises(CodesError, match=r"rows 48\.\..*no such object"):
+        codes["top"][32:]
+    np.testing.assert_array_equal(codes["top"][32:48], vqmill.open_codes(here)["top"][32:48])
 
 
 def test_what_is_missing_or_damaged_is_named(bucket, finished_store):
