@@ -23,8 +23,8 @@ from pipelines.progress import meter
 from pipelines.results import OK, QUARANTINED, Result
 from pipelines.train import FINAL_FILE
 from vqmill.commits import Counts
-from vqmill.layout import read_spec
-from vqmill.places import place_of
+from vqmill.layout import GROUP, read_spec
+from vqmill.places import FileAt, place_of
 from vqmill.spec import MISSING_LABEL, StoreSpec
 from vqmill.store import Codes
 from vqmill.usage import StoreUsage
@@ -38,7 +38,7 @@ BLOCK_ROWS = 65_536
 
 def inspect(path: str) -> Result:
     """Runs the command; see `vqmill inspect --help`."""
-    if "://" in path or (Path(path) / "zarr.json").is_file():
+    if FileAt(place_of(path), GROUP).exists() if "://" in path else (Path(path) / GROUP).is_file():
         return _inspect_store(path)
     place = Path(path)
     for name in ("tokenizer.safetensors", "prior.safetensors"):

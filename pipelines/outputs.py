@@ -46,6 +46,7 @@ class OutputFolder:
         Raises:
             UsageError: the place is taken by something else, or by a run with other settings; the difference is shown.
         """
+        place_of(out)  # refuses an address
         self.out = out
         self.folder = out.with_name(out.name + PARTIAL_SUFFIX)
         self._lock = hold_lock(out, "Another job is writing it. Wait for it to end, or choose another --out.")

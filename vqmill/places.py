@@ -7,6 +7,7 @@ no message.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterable, Mapping, Sequence
@@ -290,6 +291,11 @@ def place_of(where: Where) -> Place:
     text = os.fspath(where)
     if text.startswith("file://"):
         return Folder(Path(url2pathname(urlsplit(text).path)))
+    if re.match(r"(s3|gs|az|https?):/(?!/)", text):
+        raise UsageError(
+            f"{text}: an address of an object store that was taken for a path. Only code stores are read and written there, and in Python an "
+            "address is a string, no Path."
+        )
     if "://" not in text:
         return Folder(Path(text))
     from vqmill.bucket import Bucket  # which imports this module

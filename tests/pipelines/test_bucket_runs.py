@@ -133,6 +133,25 @@ def test_outputs_inside_what_is_read_are_refused() -> None:
     refuse_inside("s3://b/codes.zarr", "photos")
 
 
+def test_an_address_that_became_a_path_makes_no_folder(
+    reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=r"s3:/bucket/codes\.zarr: an address .* taken for a path"):
+        vqmill.open_codes(Path("s3://bucket/codes.zarr"))
+    assert (
+        app(["train-prior", str(reference), "--out", "s3://bucket/prior", "--preset", "pixelcnn-tiny", "--steps", "1"])
+        == 2
+    )
+    assert "taken for a path" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bucket_without_a_store_is_no_store(s3: Any, address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert app(["inspect", f"{address}/nothing.zarr"]) == 2
+    assert "a code store" not in capsys.readouterr().out
+
+
 def test_an_address_that_holds_a_secret_is_recorded_nowhere(
     scenes: str, tokenizer_folder: Path, s3: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
