@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import zarr
 
-from benchmarks import buckets, corpus, entropy, loading, models, priors, reading, scale, shuffling, training
+from benchmarks import buckets, corpus, entropy, images, loading, models, priors, reading, scale, shuffling, training
 from benchmarks.measure import Line
 from vqmill import native
 
@@ -37,7 +37,9 @@ SECTIONS: dict[str, Section] = {
     "workers": training.workers,
     "sampling": priors.sampling,
     "prior": priors.prior,
+    "images": images.decoding,
     "tars": corpus.tars,
+    "raw": corpus.raw,
     "encoding": corpus.encoding,
 }
 

@@ -94,6 +94,15 @@ def medians(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def best(works: Mapping[str, Callable[[], Any]], repeats: int = 25) -> dict[str, float]:
+    """The least seconds of each work, runs interleaved: what a loaded machine disturbs least."""
+    times = {name: [timed(work)] for name, work in works.items()}
+    for _ in range(repeats):
+        for name, work in works.items():
+            times[name].append(timed(work))
+    return {name: min(values) for name, values in times.items()}
+
+
 def compare(title: str, ours: Callable[[], Any], other: Callable[[], Any], target: float | None = None) -> Line:
     """Ours against one other, each the second of two runs."""
     found = medians({"ours": ours, "other": other}, clock=again)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
+from pipelines.outputs import recorded_command
 from pipelines.progress import meter
 from pipelines.results import FAILED, OK, Result
 from pipelines.tokenize_command import run_file
 from vqmill.commits import Counts
-from vqmill.files import JsonValue
 from vqmill.layout import read_spec
 from vqmill.repair import repair_store
 from vqmill.spec import StoreSpec
@@ -24,7 +21,7 @@ def verify(store: str | Path, *, quick: bool) -> Result:
     """Runs the command; see `vqmill verify --help`."""
     spec = read_spec(store)
     with meter("verifying", "Zarr shards") as show:
-        found = verify_store(store, show, quick=quick, again=recorded_command(store))
+        found = verify_store(store, show, quick=quick, again=recorded_command(run_file(store), store))
     counts = found.counts + Counts(skipped=sum(dict(spec.corpus.get("skipped", {})).values()))
     lines = [f"PROBLEM {problem}" for problem in found.damage]
     read = "metadata and sizes only" if quick else f"{found.bytes_read / 1e6:,.1f} MB read"
@@ -63,7 +60,7 @@ def verify(store: str | Path, *, quick: bool) -> Result:
 
 def repair(store: str | Path, *, dry_run: bool) -> Result:
     """Runs the command; see `vqmill repair --help`."""
-    command = recorded_command(store)
+    command = recorded_command(run_file(store), store)
     with meter("verifying", "Zarr shards") as show:
         made = repair_store(store, show, dry_run=dry_run, again=command)
     lines = [f"would do: {line}" if dry_run else line for line in made.done] or ["nothing to mend"]
@@ -82,34 +79,6 @@ def repair(store: str | Path, *, dry_run: bool) -> Result:
     if whole:
         lines.append(f"{store}: whole")
     return Result(lines, facts=facts, code=OK if whole else FAILED)
-
-
-def recorded_command(store: str | Path) -> str | None:
-    """The command that made a store, ready to be pasted, as recorded beside it; None when there is no such record."""
-    try:
-        record: JsonValue = json.loads(run_file(store).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None  # the advice then names the command in words
-    words: JsonValue = record.get("command") if isinstance(record, dict) else None
-    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-        return None
-    folder = record.get("folder") if isinstance(record, dict) else None
-    elsewhere = isinstance(folder, str) and folder != str(Path.cwd())
-    command = shlex.join(
-        _with_out(list(map(str, words)), os.path.abspath(store) if elsewhere and "://" not in str(store) else store)
-    )
-    return f"cd {shlex.quote(str(folder))} && {command}" if elsewhere else command
-
-
-def _with_out(words: list[str], store: str | Path) -> list[str]:
-    """A recorded command, for the store at the place where it is now, and for people to read."""
-    words = [word for word in words if word != "--json"]
-    for place, word in enumerate(words):
-        if word == "--out" and place + 1 < len(words):
-            words[place + 1] = str(store)
-        elif word.startswith("--out="):
-            words[place] = f"--out={store}"
-    return words
 
 
 def usage_lines(spec: StoreSpec, used: Mapping[str, int], perplexity: Mapping[str, float]) -> list[str]:

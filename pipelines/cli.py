@@ -27,6 +27,20 @@ def train_tokenizer(
 
     Writes OUT/tokenizer.safetensors, metrics.jsonl, reconstructions.png, run.json. Stopped runs go on when the same command is given.
 
+    Where --steps, --batch-size, --learning-rate and --precision are not given, nor set in [fit] of --config, the preset's are taken:
+
+    | preset | steps | batch size | learning rate | precision |
+    |---|---|---|---|---|
+    | grey28 | 2,000 | 64 | 0.002 | fp32 |
+    | rgb32 | 3,000 | 64 | 0.002 | fp32 |
+    | rgb256 | 20,000 | 32 | 0.001 | fp32 |
+    | fsq32 | 3,000 | 64 | 0.002 | fp32 |
+    | dalle64 | 5,000 | 32 | 0.001 | fp32 |
+    | nngen_mnist | 28,125 | 64 | 0.001 | fp32 |
+    | zalando_cifar | 15,000 | 256 | 0.001 | fp32 |
+    | sonnet_cifar | 10,000 | 32 | 0.0003 | fp32 |
+    | unixpickle_256 | 100,000 | 16 | 0.001 | fp32 |
+
     Args:
         corpus: a folder of images, quoted tar shards, or torchvision:NAME?root=DIR.
         out: the folder to make.
@@ -85,7 +99,7 @@ def evaluate(
 @app.command
 def tokenize(
     corpus: str, /, *, tokenizer: Path | None = None, tokenizer_module: str | None = None, out: str, size: int | None = None, workers: int | None = None, batch_size: int = 32,
-    shard_rows: int | None = None, codec: Codec = "auto", precision: Precision = "fp32", device: Device = "auto",
+    shard_rows: int | None = None, codec: Codec = "auto", precision: Precision = "fp32", device: Device = "auto", limit: int | None = None,
     dry_run: Annotated[bool, Parameter(negative="")] = False, common: Common = Common(),
 ) -> int:  # fmt: skip
     """Send a corpus through a tokenizer into a code store.
@@ -106,24 +120,26 @@ def tokenize(
         codec: how chunks are compressed; auto takes the smallest on the first Zarr shard.
         precision: bf16 is faster on GPUs and changes some codes; recorded in the store.
         device: auto takes GPUs if there are any.
+        limit: take the first so many samples of the corpus only. A larger limit later, or none, appends the next ones.
         dry_run: say what would be done and how large it would be, and stop.
     """
     from pipelines.tokenize_command import tokenize as job
 
     return run(common, lambda: job(
         corpus, tokenizer, out, module=tokenizer_module, size=size, workers=workers, batch_size=batch_size, shard_rows=shard_rows, codec=codec,
-        precision=precision, device=device, dry_run=dry_run,
+        precision=precision, device=device, dry_run=dry_run, limit=limit,
     ))  # fmt: skip
 
 
 @app.command
 def inspect(path: str, /, *, common: Common = Common()) -> int:
-    """Say what something is: a corpus, a code store, a tokenizer or a prior.
+    """Say what something is: a corpus, a code store, a tokenizer, a prior, an evaluation or scores, and which command made it.
 
-    A corpus is read and decoded whole: counts, sizes, labels, and what would be quarantined and why.
+    A corpus is read and decoded whole: counts, sizes, labels, and what would be quarantined and why. Of a stopped run it says how far
+    it is, and which command goes on with it.
 
     Args:
-        path: a corpus as for tokenize, a store, or a folder that a train command wrote.
+        path: a corpus as for tokenize, a store, or a folder that another command wrote or has begun to write.
     """
     from pipelines.inspect import inspect as job
 
@@ -137,7 +153,7 @@ app.command(slice_store, name="slice")
 
 @app.command
 def decode(
-    store: str, /, *, out: Path, rows: str = "0:16", tokenizer: Path | None = None, tokenizer_module: str | None = None, originals: str | None = None,
+    store: str, /, *, out: Path, rows: str | None = None, tokenizer: Path | None = None, tokenizer_module: str | None = None, originals: str | None = None,
     columns: int | None = None, common: Common = Common(),
 ) -> int:  # fmt: skip
     """Turn codes back into pictures: original (if wanted) | reconstruction | codes.
@@ -145,7 +161,7 @@ def decode(
     Args:
         store: the code store, a folder or an address as s3://bucket/codes.zarr.
         out: the PNG to write.
-        rows: START:STOP, which rows to show.
+        rows: START:STOP, which rows to show; the first 16 if not given. Either side may be left out; rows that are not there are refused.
         tokenizer: the folder of the tokenizer that made the codes; the one recorded beside the store if not given.
         tokenizer_module: package.module:factory, when your own code made them; a store never imports code by itself.
         originals: the corpus that was tokenized, to show the original images beside.

@@ -16,6 +16,18 @@ def train_prior(
 
     Writes OUT/prior.safetensors, metrics for each level, run.json. Stopped runs go on when the same command is given.
 
+    Where --steps, --batch-size, --learning-rate and --precision are not given, nor set in [fit] of --config, the preset's are taken:
+
+    | preset | steps | batch size | learning rate | precision |
+    |---|---|---|---|---|
+    | pixelcnn-tiny | 400 | 32 | 0.006 | fp32 |
+    | pixelcnn | 2,000 | 64 | 0.002 | auto |
+    | pixelcnn-large | 40,000 | 128 | 0.0005 | auto |
+    | razavi | 40,000 | 128 | 0.0002 | auto |
+    | gpt-tiny | 400 | 32 | 0.003 | fp32 |
+    | gpt | 2,000 | 64 | 0.001 | auto |
+    | gpt-large | 40,000 | 128 | 0.0005 | auto |
+
     Args:
         store: the code store.
         out: the folder to make.
@@ -46,19 +58,22 @@ def sample(
         tokenizer: the folder of the tokenizer that the prior is bound to.
         tokenizer_module: instead, package.module:factory, when your own code made the codes.
         out: the PNG to write.
-        num: how many images; 64 if not given.
+        num: how many images; 64 if not given. With --label each about 64, equally many of every class and one at least: 60 of 10 classes;
+            at most 256, of the first 256 classes.
         seed: of the noise; image i depends on the seed and i only.
-        label: a class number, or "each" for every class in turn, one column each; any class if not given.
+        label: a class, by its number or its name; or "each" for every class in turn, with a column of their own if there are 32 at most.
+            Any class if not given. What is a number is taken for one, whatever classes are named.
         temperature: below 1 is likelier and less varied; 0 always takes the likeliest code.
         top_k: draw among so many of the likeliest codes only; 0 for all.
         top_p: draw among the likeliest codes that together have this probability; 1 for all.
         guidance: how strongly the label acts: 1 as trained, 2 or 3 is clearer and less varied. Needs --label; takes twice the time.
         candidates: draw each image so often, and keep the one that its label explains best. Needs --label.
         complete: a store of codes by the same tokenizer: the upper part of its rows is kept, the rest is drawn.
-        rows: START:STOP, which rows --complete takes; 0:16 if not given.
+        rows: START:STOP, which rows --complete takes; the first 16 if not given. Either side may be left out; rows that are not there are
+            refused.
         keep: with --complete, which part of each grid's height is kept; half if not given.
         codes: also write the codes as a store.
-        columns: images in a row.
+        columns: images in a row; chosen by their number and that of the classes if not given.
         batch_size: images drawn at once; changes them no more than the device rounds differently.
         device: auto takes the GPU if there is one.
     """
@@ -78,25 +93,27 @@ def score(
     """Say how surprising each row of a code store is to a prior, in bits, and where in it the surprise is.
 
     Odd, mislabelled and broken samples cost more bits than others of their class: look at the rows of highest z. Each row is read given
-    its label, rows without one as of any class. Rows that the prior was trained on look likelier than they should.
+    its label, rows without one as of any class. Rows that the prior was trained on look likelier than they should: which these are is
+    told by their keys, from the run.json beside the prior and the store that it names.
 
         vqmill score runs/prior codes.zarr --out runs/scores
 
     Writes into OUT:
 
-    - `scores.parquet`: for each row its number, key, label, `bits` (-log2 of its probability), `bits_per_code`, `LEVEL/bits`, and how many
-      standard deviations its bits lie above the mean of these rows (`z`) and of these rows of its label (`label_z`, empty without a
-      label and for a label's only row).
+    - `scores.parquet`: for each row its number, key, label, `trained_on` (empty when it is not known), `bits` (-log2 of its probability),
+      `bits_per_code`, `LEVEL/bits`, and how many standard deviations its bits lie above the mean of these rows (`z`), of these rows of
+      its label (`label_z`, empty without a label and for a label's only row) and of these rows with its `trained_on` (`trained_on_z`).
     - `maps.zarr`: a Zarr v3 group with an array for each level, bits of each code, float16 [N, h, w], in the order of the table:
       `zarr.open_group("runs/scores/maps.zarr", mode="r")["top"][0:8]`.
     - `least_and_most_likely.png`: the image, decoded, beside the bits of its codes: black is 0, over red and yellow, white 16 or more.
-    - `score.json`: means for each level, beside the baselines that any prior must beat, and for each label; `run.json`.
+    - `score.json`: means for each level, beside the baselines that any prior must beat, for each label, and for rows that were trained
+      on and that were not; `run.json`.
 
     Args:
         prior: the folder that train-prior wrote.
         store: a finished code store, made by the tokenizer that the prior is bound to.
         out: the folder to make.
-        rows: START:STOP, which rows; either side may be left out. Means and z are of these rows.
+        rows: START:STOP, which rows; either side may be left out, and rows that are not there are refused. Means and z are of these rows.
         tokenizer: the folder of the tokenizer that made the codes, for the picture; the one recorded beside the store if not given. If
             none is known, codes are drawn as colours.
         tokenizer_module: package.module:factory, when your own code made them; a store never imports code by itself.

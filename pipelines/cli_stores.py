@@ -87,7 +87,7 @@ def slice_store(
     Args:
         store: a finished code store.
         out: the store to make.
-        rows: START:STOP, which rows to take; either side may be left out.
+        rows: START:STOP, which rows to take; either side may be left out, and rows that are not there are refused.
         label: a class number whose rows to take, -1 for rows without a label; may be given several times.
         shard_rows: rows of a Zarr shard, the unit of commit; as in the store if not given. Raised a little when it divides badly.
         codec: how codes are compressed; auto takes what the store has.

@@ -40,7 +40,7 @@ def decode(
     store: str | Path,
     out: Path,
     *,
-    rows: str,
+    rows: str | None,
     tokenizer_path: Path | None,
     module: str | None,
     originals: str | None,
@@ -143,14 +143,14 @@ def original_images(plan: Plan, codes: Codes, rows: range, size: int, channels: 
 def _plan_of(codes: Codes, corpus: str) -> Plan:
     segments = codes.spec.segments
     plan = plan_corpus(corpus).cut_at([segment.num_samples for segment in segments])
-    if not segments or plan.digest != segments[-1].plan:
+    if not segments or plan.digest_of_first(segments[-1].input_shards) != segments[-1].plan:
         raise UsageError(
             f"--originals {corpus}: not the corpus that {codes.place.name} was made from ({codes.spec.corpus.get('description')})."
         )
     return plan
 
 
-def _row_range(text: str, number: int) -> tuple[int, int]:
+def _row_range(text: str | None, number: int) -> tuple[int, int]:
     rows = row_range(text, number)
     if len(rows) > MAX_ROWS:
         raise UsageError(f"--rows {text}: {len(rows):,} rows in one picture; ask for at most {MAX_ROWS:,}.")

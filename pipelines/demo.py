@@ -94,7 +94,7 @@ def _chain(work: Path, workers: int, say: Callable[[str], None]) -> Result:
     )
     say("sampling")
     _picture(work, corpus)
-    made.lines = trained.lines[:-1] + made.lines + learned.lines[:-1]
+    made.lines = trained.lines[:-1] + made.lines[:-1] + learned.lines[:-1]
     return made
 
 

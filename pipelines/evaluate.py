@@ -21,7 +21,7 @@ from pipelines.foreign import FLAG, ForeignTokenizer, load_tokenizer
 from pipelines.gallery import Exhibit, Gallery
 from pipelines.learned import LearnedMeasures
 from pipelines.options import Device, Precision, choose_device
-from pipelines.outputs import RUN_FILE, SETTINGS_FILE, OutputFolder, refuse_inside, run_record
+from pipelines.outputs import RUN_FILE, OutputFolder, refuse_inside, run_record
 from pipelines.pictures import save_picture
 from pipelines.planning import planned
 from pipelines.progress import meter
@@ -31,7 +31,7 @@ from tokenizer.frechet import DIMENSIONS
 from tokenizer.protocol import ImageTokenizer, level_specs
 from vqmill.commits import Counts
 from vqmill.errors import CodesError, UsageError
-from vqmill.files import canonical_json, write_whole
+from vqmill.files import SETTINGS_FILE, canonical_json, write_whole
 from vqmill.layout import parquet_bytes
 from vqmill.usage import title
 
@@ -145,7 +145,7 @@ def evaluate(places: Sequence[str], out: Path | None, options: EvaluateOptions, 
     place = str(folder or module)
     if out is None:
         outcome = _measure(job)
-        result = _result(place, outcome.record)
+        result = evaluation_result(place, outcome.record)
         result.lines += _problem_lines(outcome.problems)
         result.facts["problems"] = _rows(outcome.problems)
         result.code = QUARANTINED if outcome.problems else result.code
@@ -155,7 +155,7 @@ def evaluate(places: Sequence[str], out: Path | None, options: EvaluateOptions, 
             named = {"tokenizer": str(folder)} if folder else {"tokenizer_module": module}
             _write(job, output.folder, run={**named, "corpus": corpus, "device": device})
             output.finish()
-    return _result(place, json.loads((out / EVALUATION_FILE).read_bytes()), out, already=output.finished)
+    return evaluation_result(place, json.loads((out / EVALUATION_FILE).read_bytes()), out, already=output.finished)
 
 
 def _tokenizer_and_corpus(places: Sequence[str], module: str | None) -> tuple[Path | None, str]:
@@ -334,8 +334,17 @@ def _problem_lines(problems: Mapping[str, Problem]) -> list[str]:
     return lines
 
 
-def _result(place: str, record: Mapping[str, Any], out: Path | None = None, *, already: bool = False) -> Result:
-    """What the record says, so that a repeated command says the same."""
+def evaluation_result(
+    place: str, record: Mapping[str, Any], out: Path | None = None, *, already: bool = False
+) -> Result:
+    """What an evaluation's record says, so that a repeated command, and `inspect`, say the same.
+
+    Args:
+        place: the tokenizer's.
+        record: the content of `evaluation.json`.
+        out: the folder of the evaluation, if it was written.
+        already: whether it was there before the command.
+    """
     lines = [f"{out}: already evaluated with these settings; nothing to do."] if already else []
     figures, size = record["figures"], record["size"]
     lines.append(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import tokenizer
-from tokenizer.protocol import ImageTokenizer, check_codes, check_facts, check_images
+from tokenizer.protocol import ImageTokenizer, check_codes, check_facts, check_images, check_scale
 from vqmill.errors import CodesError, UsageError
 from vqmill.settings import did_you_mean
 
@@ -32,7 +32,7 @@ class ForeignTokenizer:
 
     def __init__(self, module: str, folder: str, model: ImageTokenizer) -> None:
         self.module, self.folder, self._model = module, folder, model
-        self._device = torch.device("cpu")
+        self._device, self._scaled = torch.device("cpu"), False
         try:
             check_facts(model)
         except CodesError as error:
@@ -77,6 +77,9 @@ class ForeignTokenizer:
             raise CodesError(f"{FLAG} {self.module}: decode failed: {_told(error)}") from error
         try:
             check_images(self._model, images, codes)
+            if not self._scaled:  # a fact of the code, not of a batch
+                check_scale(self._model, images)
+                self._scaled = True
         except CodesError as error:
             raise CodesError(f"{FLAG} {self.module}: {error} Try: vqmill check-tokenizer {self.module}") from error
         return images

@@ -82,7 +82,8 @@ def _advice(found: StoreSpec, plan: Plan) -> str:
         reason = f"Label {label} means {found.corpus['class_names'][label]!r} there, and must go on to do so. "
     elif plan.num_samples < held:
         reason = (
-            f"It has more than this corpus: {held:,} samples, here are {plan.num_samples:,}; name the whole corpus. "
+            f"It has more than this corpus: {held:,} samples, here are {plan.num_samples:,}; name the whole corpus, "
+            "and no smaller --limit. "
         )
     else:
         reason = (

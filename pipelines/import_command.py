@@ -19,6 +19,7 @@ from pipelines.results import Result
 from tokenizer.imports import convert, unwrap
 from vqmill.errors import CodesError, UsageError
 from vqmill.files import canonical_json, write_whole
+from vqmill.kinds import held_by
 
 RANGES: dict[PixelRange, tuple[float, float]] = {"signed": (-1.0, 1.0), "half": (-0.5, 0.5), "unit": (0.0, 1.0)}
 
@@ -28,7 +29,8 @@ def import_checkpoint(
 ) -> Result:
     """Runs the command; see `vqmill import-checkpoint --help`."""
     if not file.is_file():
-        raise UsageError(f"{file}: no such file. Name the .pt file that a training of {layout}'s wrote.")
+        found = held_by(file) if file.exists() else "no such file"
+        raise UsageError(f"{file}: {found}. Name the .pt file that a training of {layout}'s wrote.")
     data = file.read_bytes()
     state, notes = _tensors(data, file)
     try:

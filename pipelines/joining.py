@@ -80,7 +80,7 @@ def refuse_other_making(first: Source, second: Source) -> None:
         UsageError: each difference has a line.
     """
     names = (first.codes.place.name, second.codes.place.name)
-    differences = list(different_settings(_making(first.codes.spec), _making(second.codes.spec), sides=names))
+    differences = different_settings(_making(first.codes.spec), _making(second.codes.spec), names)
     if differences:
         listing = "\n".join(f"  {line}" for line in differences)
         raise UsageError(
@@ -129,7 +129,7 @@ def _class_difference(first: Source, second: Source) -> str:
         return f"  class_names: {first.codes.place.name} has {len(first.codes.class_names)}, {second.codes.place.name} has labels without names"
     sides = (first.codes.place.name, second.codes.place.name)
     names = [{"class_names": source.codes.class_names} for source in (first, second)]
-    return "\n".join(f"  {line}" for line in different_settings(names[0], names[1], sides=sides))
+    return "\n".join(f"  {line}" for line in different_settings(names[0], names[1], sides))
 
 
 def _joined_value(sources: Iterable[Source], name: str) -> object:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -12,6 +14,7 @@ from pipelines.training_log import require_tensorboard
 from vqmill.errors import UsageError
 
 TENSORBOARD_FOLDER = "tensorboard"
+FIRST_ROWS = 16  # that a picture shows when nobody says which
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["fp32", "bf16"]
 Codec = Literal["auto", "blosc-zstd", "blosc-lz4", "zstd"]
@@ -34,13 +37,13 @@ class FitFlags:
     """What people change daily about a training run; the preset and --config decide what is not given."""
 
     steps: int | None = None
-    """Optimizer steps."""
+    """Optimizer steps; the preset's if not given."""
     batch_size: int | None = None
-    """Samples of a step, over all workers."""
+    """Samples of a step, over all workers; the preset's if not given."""
     learning_rate: float | None = None
-    """Peak of the schedule (linear warm-up, then half a cosine)."""
+    """Peak of the schedule (linear warm-up, then half a cosine); the preset's if not given."""
     precision: Literal["auto", "fp32", "bf16"] | None = None
-    """bf16 computes the networks in bfloat16, quantizers stay in fp32; auto takes it where the device has it in hardware."""
+    """bf16 computes the networks in bfloat16, quantizers stay in fp32; auto takes it where the device has it in hardware. The preset's if not given."""
     seed: int | None = None
     """Of everything random; 0 by default."""
     workers: int = 1
@@ -82,6 +85,19 @@ def choose_device(device: Device) -> str:
     return device
 
 
+def in_flags(message: str, flags: Mapping[str, str]) -> str:
+    """A message of the Python API in the words of the command line.
+
+    >>> in_flags("top_p: expected a probability in (0, 1], found 2.", {"top_p": "--top-p"})
+    '--top-p: expected a probability in (0, 1], found 2.'
+
+    Args:
+        message: in which arguments are called by their names.
+        flags: for each name, what sets it.
+    """
+    return re.sub(rf"\b({'|'.join(flags)})\b", lambda found: flags[found[0]], message)
+
+
 def default_workers(device: str) -> int:
     """One worker for each GPU, or for each core."""
     import torch
@@ -89,23 +105,26 @@ def default_workers(device: str) -> int:
     return torch.cuda.device_count() if device == "cuda" else os.cpu_count() or 1
 
 
-def row_range(text: str, number: int) -> range:
-    """Resolves `--rows START:STOP` in a store; either side may be left out.
+def row_range(text: str | None, number: int) -> range:
+    """Resolves `--rows START:STOP` in a store; either side may be left out, but neither may lie outside.
 
     >>> row_range("8:", 10)
     range(8, 10)
 
     Args:
-        text: what was typed.
+        text: what was typed; None for the first 16 rows, or as many as there are.
         number: rows of the store.
 
     Raises:
-        UsageError: not of this form, or no rows there.
+        UsageError: not of this form, or not all of these rows are there.
     """
+    if text is None:
+        text = f":{min(FIRST_ROWS, number)}"
     start, colon, stop = text.partition(":")
     if not colon or not all(part.isdecimal() or not part for part in (start, stop)):
         raise UsageError(f"--rows {text!r}: expected START:STOP, for example 0:64.")
-    first, last, _ = slice(int(start or 0), int(stop) if stop else None).indices(number)
-    if first >= last:
-        raise UsageError(f"--rows {text}: no rows there; the store has rows 0:{number}.")
+    first, last = int(start or 0), int(stop or number)
+    if first >= last or last > number:
+        problem = "no rows there" if first >= min(last, number) else f"rows {number}:{last} are not there"
+        raise UsageError(f"--rows {text}: {problem}; the store has rows 0:{number}.")
     return range(first, last)

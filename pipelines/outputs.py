@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,11 +17,10 @@ from types import TracebackType
 from typing import Any
 
 from vqmill.errors import UsageError
-from vqmill.files import PARTIAL_SUFFIX, canonical_json, hold_lock, sync_folder, write_whole
-from vqmill.places import Folder, Where, place_of
+from vqmill.files import PARTIAL_SUFFIX, SETTINGS_FILE, JsonValue, canonical_json, hold_lock, sync_folder, write_whole
+from vqmill.places import FileAt, Folder, Where, place_of
 from vqmill.settings import refuse_other_settings
 
-SETTINGS_FILE = "settings.json"
 RUN_FILE = "run.json"
 WORK = "work"
 MARGIN_BYTES = 64 * 1024 * 1024  # what a job may need beside its main output: logs, tables, Ray's session
@@ -69,6 +69,8 @@ class OutputFolder:
                         f"{self.folder}: exists and is not an unfinished run. Choose another --out, or remove it."
                     )
                 write_whole(self.folder / SETTINGS_FILE, canonical_json(settings))
+            if not self.finished:  # whoever finds it unfinished looks there for the command that goes on with it
+                write_whole(self.folder / RUN_FILE, canonical_json({"started": _now(), **_typed()}))
         except BaseException:
             os.close(self._lock)
             raise
@@ -154,19 +156,67 @@ def require_room(path: Where, needed_bytes: int) -> None:
         )
 
 
+def disk_bytes(where: Where) -> int:
+    """What the files below a folder or an address hold, bytes."""
+    return sum(place_of(where).list().values())
+
+
 def run_record(**facts: Any) -> dict[str, Any]:
     """What is written beside every output: when, with which versions, from which commit, and the caller's facts."""
     packages = ("vqmill", "torch", "torchvision", "zarr", "numcodecs", "ray", "pyarrow", "pillow", "numpy")
     return {
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": ["vqmill", *sys.argv[1:]],
-        "folder": str(Path.cwd()),
+        "finished": _now(),
+        **_typed(),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}",
         "versions": {package: version(package) for package in packages},
         "git_commit": _git_commit(),
         **facts,
     }
+
+
+def recorded_command(record: Path | FileAt, out: Path | str) -> str | None:
+    """The command that made an output, ready to be pasted, as its record says; None when there is no such record.
+
+    Args:
+        record: what `run_record` gave, or what an unfinished output has in its place.
+        out: where the output is now.
+    """
+    try:
+        found: JsonValue = json.loads(record.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None  # the advice then names the command in words
+    words: JsonValue = found.get("command") if isinstance(found, dict) else None
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        return None
+    folder = found.get("folder") if isinstance(found, dict) else None
+    elsewhere = isinstance(folder, str) and folder != str(Path.cwd())
+    command = shlex.join(
+        _with_out(list(map(str, words)), out if "://" in str(out) or not elsewhere else Path(out).absolute())
+    )
+    return f"cd {shlex.quote(str(folder))} && {command}" if elsewhere else command
+
+
+def _with_out(words: list[str], out: Path | str) -> list[str]:
+    """A recorded command, for the output at the place where it is now, and for people to read."""
+    words = [word for word in words if word != "--json"]
+    if "demo" in words[1:2]:  # its --out holds several outputs
+        return words
+    for place, word in enumerate(words):
+        if word == "--out" and place + 1 < len(words):
+            words[place + 1] = str(out)
+        elif word.startswith("--out="):
+            words[place] = f"--out={out}"
+    return words
+
+
+def _typed() -> dict[str, Any]:
+    """What was typed, and where."""
+    return {"command": ["vqmill", *sys.argv[1:]], "folder": str(Path.cwd())}
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _git_commit() -> str | None:

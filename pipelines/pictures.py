@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
+from pipelines.results import one_line
+from vqmill import Codes
 from vqmill.errors import UsageError
 from vqmill.files import canonical_json, write_whole
 from vqmill.settings import refuse_other_settings
@@ -22,6 +24,10 @@ TEXT_KEY = "vqmill"
 GAP = 2  # pixels between tiles
 MARGIN = 12  # pixels around panels
 TITLE = 22  # height of a title in pixels
+LINE = 13  # height of a line of small text: captions and headings
+SMALL = 11  # size of its letters
+BAR = 14  # height of a bar of colours
+LATIN = 0x180  # the letters below are in Pillow's own font
 PAPER = (250, 250, 248)
 INK = (40, 40, 48)
 
@@ -30,10 +36,25 @@ Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
 @dataclass(frozen=True)
 class Panel:
-    """A titled grid of images: uint8 [N, C, H, W] with one or three channels."""
+    """A titled grid of images.
+
+    Attributes:
+        title: above the grid.
+        images: uint8 [N, C, H, W] with one or three channels.
+        captions: the lines of text below each image; cut to its width, the first line at its end and others at their beginning, since the
+            keys of neighbours differ at their ends.
+        headings: a line above each column, cut at its end.
+    """
 
     title: str
     images: Pixels
+    captions: Sequence[Sequence[str]] = ()
+    headings: Sequence[str] = ()
+
+    @property
+    def caption_lines(self) -> int:
+        """The most lines below an image."""
+        return max(map(len, self.captions), default=0)
 
 
 def code_colours(codes: np.ndarray[Any, Any], side: int) -> Pixels:
@@ -59,11 +80,11 @@ def code_colours(codes: np.ndarray[Any, Any], side: int) -> Pixels:
     return colours[:, :, rows][:, :, :, columns]
 
 
-def image_grid(images: Pixels, columns: int, scale: int = 1) -> Image.Image:
-    """Images [N, C, H, W] in rows of `columns`, each pixel enlarged `scale` times."""
+def image_grid(images: Pixels, columns: int, scale: int = 1, caption_lines: int = 0) -> Image.Image:
+    """Images [N, C, H, W] in rows of `columns`, each pixel enlarged `scale` times, with room for so many lines below each."""
     number, channels, height, width = images.shape
     rows = -(-number // columns)
-    tall, wide = height * scale + GAP, width * scale + GAP
+    tall, wide = height * scale + GAP + caption_lines * LINE, width * scale + GAP
     sheet = Image.new("RGB", (columns * wide - GAP, rows * tall - GAP), PAPER)
     for index, image in enumerate(images):
         pixels = np.repeat(image, 3, axis=0) if channels == 1 else image
@@ -74,20 +95,98 @@ def image_grid(images: Pixels, columns: int, scale: int = 1) -> Image.Image:
 
 
 def side_by_side(panels: Sequence[Panel], columns: int, scale: int = 1) -> Image.Image:
-    """Panels from left to right, each with its title above, no narrower than that."""
+    """Panels from left to right, each with its title above, no narrower than that; their images are level with each other."""
     font = ImageFont.load_default(size=14)
-    grids = [(panel.title, image_grid(panel.images, columns, scale)) for panel in panels]
-    widths = [max(grid.width, math.ceil(font.getlength(title))) for title, grid in grids]
+    caption_lines = max(panel.caption_lines for panel in panels)
+    head = TITLE + (LINE if any(panel.headings for panel in panels) else 0)
+    grids = [_captioned(panel, columns, scale, caption_lines) for panel in panels]
+    titles = [one_line(panel.title) for panel in panels]
+    widths = [max(grid.width, math.ceil(font.getlength(title))) for title, grid in zip(titles, grids, strict=True)]
     width = MARGIN + sum(wide + MARGIN for wide in widths)
-    height = TITLE + 2 * MARGIN + max(grid.height for _, grid in grids)
-    sheet = Image.new("RGB", (width, height), PAPER)
+    sheet = Image.new("RGB", (width, head + 2 * MARGIN + max(grid.height for grid in grids)), PAPER)
     draw = ImageDraw.Draw(sheet)
     left = MARGIN
-    for wide, (title, grid) in zip(widths, grids, strict=True):
+    for panel, title, grid, wide in zip(panels, titles, grids, widths, strict=True):
         draw.text((left, MARGIN - 2), title, INK, font)
-        sheet.paste(grid, (left, MARGIN + TITLE))
+        side = panel.images.shape[-1] * scale
+        for column, heading in enumerate(panel.headings):
+            _write(draw, left + column * (side + GAP), MARGIN + TITLE - 2, heading, side - 2 * GAP)
+        sheet.paste(grid, (left, MARGIN + head))
         left += wide + MARGIN
     return sheet
+
+
+def stacked(sheets: Sequence[Image.Image]) -> Image.Image:
+    """Sheets from top to bottom."""
+    whole = Image.new("RGB", (max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)), PAPER)
+    top = 0
+    for sheet in sheets:
+        whole.paste(sheet, (0, top))
+        top += sheet.height
+    return whole
+
+
+def colour_bar(colours: Pixels, marks: Mapping[str, float]) -> Image.Image:
+    """A bar of colours with words below.
+
+    Args:
+        colours: uint8 [pixels, 3], from left to right.
+        marks: words, and where on the bar they begin, from 0 (left) to 1 (right).
+    """
+    ends = [
+        place * len(colours) + 3 + ImageFont.load_default(size=SMALL).getlength(words) for words, place in marks.items()
+    ]
+    sheet = Image.new("RGB", (2 * MARGIN + math.ceil(max(len(colours), *ends)), BAR + LINE + MARGIN), PAPER)
+    sheet.paste(Image.fromarray(np.repeat(colours[None], BAR, axis=0)), (MARGIN, 0))
+    draw = ImageDraw.Draw(sheet)
+    for words, place in marks.items():
+        left = MARGIN + place * len(colours)
+        draw.line([(left, BAR), (left, BAR + 3)], INK)
+        draw.text((left + 3, BAR), words, INK, ImageFont.load_default(size=SMALL))
+    return sheet
+
+
+def row_captions(codes: Codes, rows: np.ndarray[Any, Any]) -> list[list[str]]:
+    """What is written below the pictures of rows of a store, integers [n]: their numbers and their keys."""
+    keys = codes.samples_at(rows)["key"].to_pylist()
+    return [[f"row {row}", str(key)] for row, key in zip(rows, keys, strict=True)]
+
+
+def fitting(text: str, width: int, *, keep_end: bool = False) -> str:
+    """The text in one line of small letters, cut with `...` where it is wider.
+
+    Args:
+        text: anything; what would break the line, or not be seen, is escaped.
+        width: in pixels.
+        keep_end: cut at the beginning.
+    """
+    font, text = ImageFont.load_default(size=SMALL), one_line(text)
+    kept = text[-2 * width :] if keep_end else text[: 2 * width]  # no letter is that narrow
+    if kept == text and font.getlength(text) <= width:
+        return text
+    while kept and font.getlength(f"{kept}…") > width:
+        kept = kept[1:] if keep_end else kept[:-1]
+    return f"…{kept}" if keep_end else f"{kept}…"
+
+
+def fits(text: str, side: int) -> bool:
+    """Whether a caption or heading shows a text whole over an image `side` pixels wide: it is not cut, and the font has its letters."""
+    return text == fitting(text, side - 2 * GAP) and all(ord(letter) < LATIN for letter in text)
+
+
+def _write(draw: ImageDraw.ImageDraw, left: int, top: int, text: str, width: int, *, keep_end: bool = False) -> None:
+    draw.text((left, top), fitting(text, width, keep_end=keep_end), INK, ImageFont.load_default(size=SMALL))
+
+
+def _captioned(panel: Panel, columns: int, scale: int, caption_lines: int) -> Image.Image:
+    grid = image_grid(panel.images, columns, scale, caption_lines)
+    draw = ImageDraw.Draw(grid)
+    tall, side = (size * scale for size in panel.images.shape[2:])
+    for index, caption in enumerate(panel.captions):
+        left, top = index % columns * (side + GAP), index // columns * (tall + GAP + caption_lines * LINE) + tall
+        for number, line in enumerate(caption):
+            _write(draw, left, top + number * LINE, line, side - 2 * GAP, keep_end=number > 0)
+    return grid
 
 
 def code_panels(codes: Mapping[str, np.ndarray[Any, Any]], side: int) -> list[Panel]:

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.corpus.holdout import hash_of_key
-from priors import LevelShape, PriorConfig
+from pipelines.trained_rows import holdout_threshold, key_hashes
+from priors import LevelShape, Prior, PriorConfig
 from vqmill import Codes
 from vqmill.errors import CodesError, UsageError
 from vqmill.spec import MISSING_LABEL
@@ -46,13 +46,12 @@ def split_rows(codes: Codes, fraction: float) -> tuple[np.ndarray[Any, Any], np.
     Raises:
         UsageError: nothing is left to train on.
     """
-    hashes = np.array([hash_of_key(str(key)) for key in codes.sample_keys()], np.uint64)
+    hashes = key_hashes(codes.sample_keys())
     if len(np.unique(hashes)) < 2:
         raise UsageError(
             f"{codes.place.name}: {len(codes)} rows; it takes two samples, one to train on and one to hold out. Tokenize a larger corpus."
         )
-    threshold = max(np.uint64(int(fraction * 2**64)), hashes.min() + np.uint64(1))
-    held = hashes < threshold
+    held = hashes < holdout_threshold(hashes, fraction)
     if held.all():
         raise UsageError(
             f"{codes.place.name}: --holdout {fraction} keeps all {len(codes):,} rows out of training. Choose a smaller fraction."
@@ -94,24 +93,26 @@ def check_store(config: PriorConfig, place: Path, codes: Codes) -> None:
             )
 
 
-def check_labels(config: PriorConfig, place: Path, codes: Codes, rows: range, labels: np.ndarray[Any, Any]) -> str:
+def check_labels(prior: Prior, place: Path, codes: Codes, rows: range, labels: np.ndarray[Any, Any]) -> list[str]:
     """Refuses labels that a prior does not know.
 
     Args:
-        config: the prior's.
+        prior: knows classes, or none.
         place: of the prior, for errors.
         codes: the store.
         rows: those that are looked at.
         labels: theirs, int64 [n], -1 for rows without one. A prior without classes takes any.
 
     Returns:
-        A warning when rows without a label are to be read by a prior that has never seen one; else nothing.
+        Warnings: of rows without a label that are to be read by a prior that has never seen one, and of labels that name one class in the
+        store and another in the prior.
 
     Raises:
         UsageError: a label outside of the prior's classes; the first such row is named.
     """
+    config = prior.config
     if not config.num_classes:
-        return ""
+        return []
     unknown = np.flatnonzero((labels < MISSING_LABEL) | (labels >= config.num_classes))
     if len(unknown):
         raise UsageError(
@@ -119,13 +120,21 @@ def check_labels(config: PriorConfig, place: Path, codes: Codes, rows: range, la
             f"0..{config.num_classes - 1}; so it is with {len(unknown):,} of {len(labels):,} rows. Choose rows of these classes "
             "(--rows, vqmill slice --label), or train a prior on this store."
         )
+    warnings = []
+    pairs = enumerate(zip(codes.class_names, prior.class_names, strict=False))
+    if others := [(label, *names) for label, names in pairs if all(names) and len(set(names)) > 1]:
+        label, there, here = others[0]
+        warnings.append(
+            f"warning: label {label} is {there!r} in {codes.path} and {here!r} to {place}; so it is with {len(others):,} of "
+            f"{config.num_classes:,} classes. Labels are read by their numbers."
+        )
     number = int((labels == MISSING_LABEL).sum())
     if number and any(network.label_dropout == 0 for network in config.networks):
-        return (
+        warnings.append(
             f"warning: {number:,} of {len(labels):,} rows have no label and are read as of any class, which {place} never was shown in "
             "training (label_dropout 0): do not compare their bits with those of other rows."
         )
-    return ""
+    return warnings
 
 
 def _words(shape: LevelShape) -> str:

@@ -52,7 +52,7 @@ def read_tables(path: Path | None, tables: Iterable[str]) -> dict[str, dict[str,
         tables: which tables the command knows.
 
     Raises:
-        UsageError: no such file, not TOML, or a table that is not known.
+        UsageError: no such file, not TOML, a table that is not known, or a key of [fit] in another one.
     """
     known = list(tables)
     found: dict[str, dict[str, Any]] = {name: {} for name in known}
@@ -70,7 +70,21 @@ def read_tables(path: Path | None, tables: Iterable[str]) -> dict[str, dict[str,
                 f"--config {path}: unknown entry {name!r}; expected the tables {', '.join(f'[{table}]' for table in known)}.{did_you_mean(name, known)}"
             )
         found[name] = table
+        if name != "fit":
+            _refuse_of_fit(path, name, table)
     return found
+
+
+def _refuse_of_fit(path: Path, name: str, table: Mapping[str, Any]) -> None:
+    """Sends a setting of the training, which people look for where the model's are, to its table."""
+    of_fit = {field.name for field in fields(FitConfig)}
+    for key, value in table.items():
+        if key in of_fit:
+            raise UsageError(
+                f"--config {path}: [{name}] {key} is a setting of the training; write it into the table [fit]."
+            )
+        if isinstance(value, dict):
+            _refuse_of_fit(path, f"{name}.{key}", value)
 
 
 def fit_config(recipe: FitConfig, table: Mapping[str, Any], flags: Mapping[str, Any], device: str = "cpu") -> FitConfig:
@@ -117,17 +131,19 @@ def level_fits(
     return {level: fit_config(recipe, {**everywhere, **own.get(level, {})}, flags, device) for level in levels}
 
 
-def shortened(steps: int, **lengths: tuple[int, int]) -> list[str]:
+def shortened(recipe: FitConfig, table: Mapping[str, Any], fit: FitConfig, **lengths: tuple[int, int]) -> list[str]:
     """One line about what a short run has cut, or none.
 
-    >>> shortened(50, warmup_steps=(100, 5), start_step=(4, 4))
-    ['a short run, of 50 steps: warmup_steps is 5 instead of 100 (--config can set it)']
-
     Args:
-        steps: of the run.
-        lengths: by name of an option, what the preset has and what is taken.
+        recipe: of the preset.
+        table: the TOML table `[fit]`; what it says is not cut.
+        fit: what `fit_config` made of both.
+        lengths: what else there is: by name of an option, what the preset has and what is taken.
     """
+    lengths = {"warmup_steps": (table.get("warmup_steps", recipe.warmup_steps), fit.warmup_steps), **lengths}
     cut = [f"{name} is {taken} instead of {usual}" for name, (usual, taken) in lengths.items() if taken < usual]
     if not cut:
         return []
-    return [f"a short run, of {steps} steps: {', '.join(cut)} (--config can set {'it' if len(cut) == 1 else 'them'})"]
+    return [
+        f"a short run, of {fit.steps} steps: {', '.join(cut)} (--config can set {'it' if len(cut) == 1 else 'them'})"
+    ]

@@ -36,6 +36,15 @@ def printable(text: str) -> str:
     )
 
 
+def one_line(text: str) -> str:
+    r"""The same for a name in the middle of a line or a picture.
+
+    >>> one_line("a\nb")
+    'a\\nb'
+    """
+    return printable(text).replace("\n", "\\n")
+
+
 @dataclass
 class Result:
     """What a command did.

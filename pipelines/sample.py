@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass
+import math
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,20 @@ import torch
 from PIL import Image
 
 import priors
+from pipelines.class_names import EACH, find_class, heading, label_words, name_of
 from pipelines.decode import decode_rows
 from pipelines.foreign import load_tokenizer, store_record
-from pipelines.options import Device, choose_device, row_range
+from pipelines.options import Device, choose_device, in_flags, row_range
 from pipelines.outputs import require_room, run_record
 from pipelines.pictures import (
     Panel,
     Pixels,
     check_columns,
     check_picture,
+    fits,
     good_scale,
     image_grid,
+    row_captions,
     save_picture,
     side_by_side,
 )
@@ -37,10 +41,15 @@ from vqmill.commits import Counts, Cursor
 from vqmill.errors import CodesError, UsageError
 from vqmill.files import canonical_json
 from vqmill.layout import smallest_codec
-from vqmill.settings import did_you_mean
 from vqmill.spec import LevelSpec, Segment, StoreSpec, default_rows_per_shard
 from vqmill.tables import QUARANTINE_SCHEMA, SAMPLES_SCHEMA
 from vqmill.writer import StoreWriter, write_shard
+
+USUAL_NUM = 64  # images, when nobody says how many
+MOST_NUM = 256  # of those, when there are very many classes
+MOST_COLUMNS = 32  # in which classes have columns of their own
+FLAGS = {name: f"--{name.replace('_', '-')}" for name in ("num", "seed", "batch_size", *asdict(priors.Drawing()))}
+FLAGS["labels"] = "--label"
 
 
 @dataclass(frozen=True)
@@ -69,11 +78,14 @@ class _Asked:
     """What is drawn: how many, with which labels, what is known of them, what that was taken from, and what to say about it."""
 
     num: int
+    label: str | None  # as asked for: a number, "each" or None
     labels: torch.Tensor | None
+    columns: int
+    notes: list[str]
     given: dict[str, torch.Tensor] | None = None
     whole: dict[str, np.ndarray[Any, Any]] | None = None
     source: dict[str, Any] | None = None
-    warning: str = ""
+    captions: list[list[str]] = field(default_factory=list)
 
 
 def sample(
@@ -92,9 +104,9 @@ def sample(
         )
         priors.check_sampling(prior, asked.num, asked.labels, options.seed, drawing, asked.given, options.batch_size)
     except CodesError as error:
-        raise UsageError(str(error)) from error
+        raise UsageError(in_flags(str(error), FLAGS)) from error
     settings = {
-        "prior": prior.fingerprint, "tokenizer": model.fingerprint, "num": asked.num, "seed": options.seed, "label": options.label,
+        "prior": prior.fingerprint, "tokenizer": model.fingerprint, "num": asked.num, "seed": options.seed, "label": asked.label,
         "drawing": asdict(drawing), "completed": asked.source, "columns": options.columns,
     }  # fmt: skip
     check_picture(out, settings)
@@ -112,10 +124,10 @@ def sample(
     arrays = {name: values.numpy() for name, values in drawn.items()}
     images = decode_rows(model, arrays, options.batch_size)
     whole = None if asked.whole is None else decode_rows(model, asked.whole, options.batch_size)
-    save_picture(out, _picture(images, whole, asked, options, prior.config.num_classes), settings)
-    lines = [asked.warning] if asked.warning else []
-    lines.append(f"made {out}: {asked.num} images, seed {options.seed}, {_words(options, drawing, asked)}")
-    facts: dict[str, Any] = {"out": str(out), "seed": options.seed}
+    save_picture(out, _picture(images, whole, asked, prior), settings)
+    words = ", ".join([_label_words(asked, prior), *_drawing_words(drawing)])
+    lines = [*asked.notes, f"made {out}: {asked.num} images, seed {options.seed}, {words}"]
+    facts: dict[str, Any] = {"out": str(out), "seed": options.seed, "label": asked.label}
     if (codes := options.codes) is not None:
         _write_codes(codes, spec, arrays, asked.labels, images.shape[-1])
         record = run_record(**tokenizer_place(tokenizer_path, module, codes), settings=settings)
@@ -125,17 +137,45 @@ def sample(
     return Result(lines, Counts(encoded=asked.num), asked.num, facts)
 
 
-def _words(options: SampleOptions, drawing: priors.Drawing, asked: _Asked) -> str:
-    """Labels and drawing in words; of the drawing what differs from the model as it is."""
+def _label_words(asked: _Asked, prior: priors.Prior) -> str:
     if asked.labels is None:
-        labels = "a prior without labels"
-    elif options.label is not None:
-        labels = f"label {options.label}"
-    else:
-        labels = "the rows' own labels" if asked.source else "any label"
+        return "a prior without labels" if prior.config.num_classes == 0 else "any label"
+    if asked.label is None:
+        return "the rows' own labels"
+    if asked.label == EACH:
+        return f"each of {prior.config.num_classes:,} classes in turn"
+    return label_words(label := int(asked.label), name_of(label, prior.class_names))
+
+
+def _drawing_words(drawing: priors.Drawing) -> list[str]:
+    """What differs from the model as it is."""
     plain = asdict(priors.Drawing())
-    changed = [f"{name} {value:g}" for name, value in asdict(drawing).items() if value != plain[name]]
-    return ", ".join([labels, *changed])
+    return [f"{name} {value:g}" for name, value in asdict(drawing).items() if value != plain[name]]
+
+
+def each_layout(num_classes: int, num: int | None) -> tuple[int, int]:
+    """How many images `--label each` draws, and in how many columns: of every class equally many, and no row ragged, unless `num` says otherwise.
+
+    Up to 32 classes have columns of their own. More are laid out as a rectangle, and more than 256 are not all drawn unasked.
+
+    >>> each_layout(10, None), each_layout(3, None), each_layout(100, None), each_layout(1000, None)
+    ((60, 10), (63, 9), (100, 10), (256, 16))
+
+    Args:
+        num_classes: at least 1.
+        num: how many are asked for; None for about 64.
+    """
+    if num_classes <= MOST_COLUMNS:
+        columns = num_classes * max(1, round((num or USUAL_NUM) ** 0.5 / num_classes))
+        return num or columns * max(1, round(USUAL_NUM / columns)), columns
+    if num is not None:
+        return num, _square(num)
+    num = min(num_classes * max(1, round(USUAL_NUM / num_classes)), MOST_NUM)
+    return num, next(columns for columns in range(math.ceil(num**0.5), num + 1) if num % columns == 0)
+
+
+def _square(num: int) -> int:
+    return max(1, round(num**0.5))
 
 
 def _draws(prior: priors.Prior, options: SampleOptions) -> _Asked:
@@ -147,10 +187,18 @@ def _draws(prior: priors.Prior, options: SampleOptions) -> _Asked:
     for flag, value in (("--rows", options.rows), ("--keep", options.keep)):
         if value is not None:
             raise UsageError(f"{flag} says what of the store that --complete names is taken; give both.")
-    num = 64 if options.num is None else options.num
-    if num < 1:
-        raise UsageError(f"--num must be at least 1, got {num}.")
-    return _Asked(num, _labels(options.label, num, prior.config.num_classes))
+    if options.num is not None and options.num < 1:
+        raise UsageError(f"--num must be at least 1, got {options.num}.")
+    label, notes = _label(options.label, prior)
+    num_classes = prior.config.num_classes
+    if label == EACH:
+        num, columns = each_layout(num_classes, options.num)
+        if num < num_classes:
+            notes.append(f"each: the first {num:,} of {num_classes:,} classes; --num {num_classes} draws all of them")
+    else:
+        num = USUAL_NUM if options.num is None else options.num
+        columns = _square(num)
+    return _Asked(num, label, _labels(label, num, num_classes), options.columns or columns, notes)
 
 
 def _completions(prior: priors.Prior, place: Path, store: str | Path, options: SampleOptions) -> _Asked:
@@ -173,56 +221,67 @@ def _completions(prior: priors.Prior, place: Path, store: str | Path, options: S
             f"--keep {keep:g}: would keep {kept} of the {height} rows of level '{prior.levels[0]}', so that nothing is left to "
             f"{'draw' if kept else 'keep'}. Take {' or '.join(dict.fromkeys((f'{1 / height:.2f}', f'{1 - 1 / height:.2f}')))}, or between."
         )
-    rows = row_range(options.rows or "0:16", len(codes))
+    rows = row_range(options.rows, len(codes))
     whole = {name: codes[name][rows.start : rows.stop].astype(np.int64) for name in prior.levels}
     given = {}
     for level in prior.config.levels:
         given[level.name] = torch.from_numpy(whole[level.name].copy())
         given[level.name][:, kept * level.grid[0] // height :] = -1
-    known, warning = codes.labels[rows.start : rows.stop], ""
-    if options.label is not None:
-        labels = _labels(options.label, len(rows), prior.config.num_classes)
-    else:
-        warning = check_labels(prior.config, place, codes, rows, known)
-        labels = torch.from_numpy(known.copy()) if prior.config.num_classes else None
+    label, notes = _label(options.label, prior)
+    labels = _labels(label, len(rows), prior.config.num_classes)
+    if label is None and prior.config.num_classes:
+        known = codes.label_array[rows.start : rows.stop].astype(np.int64)
+        notes, labels = check_labels(prior, place, codes, rows, known), torch.from_numpy(known)
     source = {"store": codes.spec.settings(), "rows": [rows.start, rows.stop], "kept": [kept, height]}
-    return _Asked(len(rows), labels, given, whole, source, warning)
+    captions = row_captions(codes, np.asarray(rows))
+    columns = options.columns or _square(len(rows))
+    return _Asked(len(rows), label, labels, columns, notes, given, whole, source, captions)
 
 
-def _picture(
-    images: Pixels, whole: Pixels | None, asked: _Asked, options: SampleOptions, num_classes: int
-) -> Image.Image:
-    """A grid of the images; beside what they were completed from, if they were."""
-    columns, scale = options.columns, good_scale(images.shape[-1])
-    if columns is None:
-        columns = num_classes if options.label == "each" else max(1, round(len(images) ** 0.5))
-    if whole is None or asked.source is None:
+def _picture(images: Pixels, whole: Pixels | None, asked: _Asked, prior: priors.Prior) -> Image.Image:
+    """A grid of the images with their classes, or beside what they were completed from."""
+    columns, scale, names = asked.columns, good_scale(images.shape[-1]), prior.class_names
+    if whole is not None and asked.source is not None:
+        kept, height = asked.source["kept"]
+        upper = whole.copy()
+        upper[:, :, kept * whole.shape[2] // height :] = 128
+        named = "completed" if asked.label is None else f"completed: {_label_words(asked, prior)}"
+        panels = [Panel("whole", whole, asked.captions), Panel("kept", upper), Panel(named, images)]
+        return side_by_side(panels, columns, scale)
+    if asked.label is None:
         return image_grid(images, columns, scale)
-    kept, height = asked.source["kept"]
-    upper = whole.copy()
-    upper[:, :, kept * whole.shape[2] // height :] = 128
-    return side_by_side([Panel("whole", whole), Panel("kept", upper), Panel("completed", images)], columns, scale)
+    title, num_classes = _label_words(asked, prior), prior.config.num_classes
+    if asked.label != EACH:
+        return side_by_side([Panel(title, images)], columns, scale)
+    side = scale * images.shape[-1]
+    headings = [
+        heading(number % num_classes, names, lambda name: fits(name, side))
+        for number in range(max(columns, len(images)))
+    ]
+    if columns % num_classes == 0:
+        return side_by_side([Panel(title, images, headings=headings[:columns])], columns, scale)
+    return side_by_side([Panel(title, images, [[name] for name in headings[: len(images)]])], columns, scale)
 
 
-def _labels(label: str | None, num: int, num_classes: int) -> torch.Tensor | None:
-    """int64 [num], or None for any class.
+def _label(text: str | None, prior: priors.Prior) -> tuple[str | None, list[str]]:
+    """What --label asks for, a number, "each" or None for any class; and what is to be said of it.
 
     Raises:
         UsageError: not a class, or the prior knows no classes.
     """
+    if text is None or (text == EACH and prior.config.num_classes):
+        return text, []
+    if prior.config.num_classes == 0:
+        raise UsageError("--label: this prior was trained without labels; leave the flag out.")
+    label, note = find_class(text, prior.config.num_classes, prior.class_names)
+    return str(label), [note] if note else []
+
+
+def _labels(label: str | None, num: int, num_classes: int) -> torch.Tensor | None:
+    """int64 [num], or None for any class."""
     if label is None:
         return None
-    if num_classes == 0:
-        raise UsageError("--label: this prior was trained without labels; leave the flag out.")
-    if label == "each":
-        return torch.arange(num) % num_classes
-    if not label.isdecimal():
-        raise UsageError(
-            f"--label {label!r}: expected a class number 0..{num_classes - 1}, or each.{did_you_mean(label, ['each'])}"
-        )
-    if int(label) >= num_classes:
-        raise UsageError(f"--label {label}: this prior knows the classes 0..{num_classes - 1}.")
-    return torch.full((num,), int(label))
+    return torch.arange(num) % num_classes if label == EACH else torch.full((num,), int(label))
 
 
 def _spec(prior: priors.Prior, model: ImageTokenizer, settings: dict[str, Any]) -> StoreSpec:
@@ -232,7 +291,7 @@ def _spec(prior: priors.Prior, model: ImageTokenizer, settings: dict[str, Any]) 
         levels=levels,
         rows_per_shard=default_rows_per_shard(levels),
         tokenizer={name: value for name, value in store_record(model).items() if name != "preset"},
-        corpus={"sampled": settings},
+        corpus={"sampled": settings} | ({"class_names": list(prior.class_names)} if prior.class_names else {}),
         segments=(Segment(f"sampled {plan}", 0, 0, 1, settings["num"]),),
     )
 

@@ -14,16 +14,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import zarr
+from PIL import Image
 
 import priors
+from pipelines.class_names import label_words, name_of
 from pipelines.decode import decode_rows, load_tokenizer_of
 from pipelines.options import Device, choose_device, row_range
 from pipelines.outputs import RUN_FILE, OutputFolder, refuse_inside, require_room, run_record
-from pipelines.pictures import Panel, code_panels, good_scale, save_picture, side_by_side
+from pipelines.pictures import Panel, code_panels, good_scale, row_captions, save_picture, side_by_side, stacked
 from pipelines.prior_inputs import BASELINE_CODES, check_labels, check_store, evenly
 from pipelines.progress import Meter, meter
 from pipelines.results import Result
-from pipelines.surprise import WHITE_BITS, Floats, ends, has_peers, heat, z_scores
+from pipelines.surprise import Floats, bits_bar, ends, has_peers, heat, z_scores
+from pipelines.trained_rows import HELD_OUT, TRAINED, UNKNOWN, Training, read_training, trained_on
 from tokenizer.protocol import ImageTokenizer
 from vqmill import Codes, open_codes
 from vqmill.commits import Counts
@@ -41,6 +44,7 @@ MAX_NUM = 1024
 COLUMNS = 4
 CODES_SIDE = 64  # pixels of a grid of codes, when there is no image to be as large as
 LISTED = 5
+TRAINING_WORDS = {True: "trained on", False: "not trained on", None: "trained on or not, which is not known"}
 
 
 @dataclass(frozen=True)
@@ -61,17 +65,25 @@ class _Job:
     codes: Codes
     rows: range
     labels: np.ndarray[Any, Any]
+    training: Training | None
+    trained: np.ndarray[Any, Any]  # of each row: TRAINED, HELD_OUT or UNKNOWN
     model: ImageTokenizer | None
     notes: list[str]
     options: ScoreOptions
     device: str
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        """The store's, whose labels these are; else the prior's."""
+        return self.codes.class_names or self.prior.class_names
+
+    @property
     def settings(self) -> dict[str, Any]:
-        """All that shapes the output, but for how devices and batches round."""
+        """All that shapes the output, but for how devices and batches round, and whether the store of the training is still there."""
         return {
             "command": "score", "prior": self.prior.fingerprint, "store": self.codes.spec.settings(), "store_rows": len(self.codes),
             "rows": [self.rows.start, self.rows.stop], "num": self.options.num, "picture": "images" if self.model else "codes",
+            "holdout": self.training and self.training.fraction,
         }  # fmt: skip
 
 
@@ -95,14 +107,17 @@ def score(
     check_store(prior.config, prior_path, codes)
     rows = row_range(options.rows, len(codes))
     labels = codes.label_array[rows.start : rows.stop]
-    notes = [check_labels(prior.config, prior_path, codes, rows, labels)]
+    notes = check_labels(prior, prior_path, codes, rows, labels)
     try:
         model = load_tokenizer_of(codes, tokenizer_path, module)
     except UsageError as error:
         if tokenizer_path or module:
             raise
         model, notes = None, [*notes, f"the picture shows codes as colours, not images: {error}"]
-    job = _Job(prior.to(device), codes, rows, labels, model, list(filter(None, notes)), options, device)
+    training = read_training(prior_path, prior.fingerprint)
+    trained, unknown = trained_on(training, codes, rows)
+    notes += [f"{prior_path}: {unknown}"] if unknown else []
+    job = _Job(prior.to(device), codes, rows, labels, training, trained, model, notes, options, device)
     if model:
         model.to(device)
     require_room(out, len(rows) * (ROW_BYTES + 2 * sum(level.num_codes for level in prior.config.levels)))
@@ -127,18 +142,14 @@ def _write(job: _Job, folder: Path) -> dict[str, Any]:
     table = _figures(job, bits, total)
     _write_table(job, table, folder / TABLE_FILE)
     least, most = ends(total, job.options.num)
-    save_picture(
-        folder / PICTURE_FILE,
-        side_by_side(*_panels(job, maps, {"least likely": least, "most likely": most})),
-        job.settings,
-    )
+    save_picture(folder / PICTURE_FILE, _picture(job, maps, {"least likely": least, "most likely": most}), job.settings)
     for path in (folder, *folder.rglob("*")):  # zarr and pyarrow leave this to the kernel
         sync_folder(path)
     return {
         "prior": job.prior.fingerprint, "tokenizer": job.prior.config.tokenizer_fingerprint, "row_range": [job.rows.start, job.rows.stop],
         "levels": [_level_record(job, level, bits[level.name]) for level in job.prior.config.levels],
         "bits": float(total.mean()), "bits_deviation": float(total.std()), "bits_per_code": float(table["bits_per_code"].mean()),
-        "labels": _label_records(job, total), "notes": job.notes,
+        "training": _training_records(job, table), "labels": _label_records(job, total), "notes": job.notes,
         "least_likely": _named(job, table, least), "most_likely": _named(job, table, most),
     }  # fmt: skip
 
@@ -191,11 +202,14 @@ def _bits_per_code(job: _Job, start: int, end: int) -> dict[str, np.ndarray[Any,
 
 
 def _figures(job: _Job, bits: Mapping[str, Floats], total: Floats) -> dict[str, np.ndarray[Any, Any]]:
-    """The table's columns of figures, each [N]; NaN in `label_z` where there is nothing to compare with."""
+    """The table's columns of figures, each [N]; NaN in `label_z` and `trained_on_z` where there is nothing to compare with."""
     num_codes = sum(level.num_codes for level in job.prior.config.levels)
-    label_z = np.where(has_peers(job.labels), z_scores(total, job.labels), math.nan)
+    among = {
+        name: np.where(has_peers(groups), z_scores(total, groups), math.nan)
+        for name, groups in (("label_z", job.labels), ("trained_on_z", job.trained))
+    }
     each = {f"{name}/bits": values for name, values in bits.items()}
-    return {"bits": total, "bits_per_code": total / num_codes, "z": z_scores(total), "label_z": label_z, **each}
+    return {"bits": total, "bits_per_code": total / num_codes, "z": z_scores(total), **among, **each}
 
 
 def _write_table(job: _Job, figures: Mapping[str, np.ndarray[Any, Any]], path: Path) -> None:
@@ -204,6 +218,7 @@ def _write_table(job: _Job, figures: Mapping[str, np.ndarray[Any, Any]], path: P
         ("row", pa.int64()),
         ("key", pa.string()),
         ("label", pa.int64()),
+        ("trained_on", pa.bool_()),
         *((name, pa.float64()) for name in figures),
     ]
     step = job.codes.spec.rows_per_shard
@@ -211,33 +226,35 @@ def _write_table(job: _Job, figures: Mapping[str, np.ndarray[Any, Any]], path: P
         for shard_start in range(job.rows.start // step * step, job.rows.stop, step):
             first, stop = max(shard_start, job.rows.start), min(shard_start + step, job.rows.stop)
             part = slice(first - job.rows.start, stop - job.rows.start)
-            labels = job.labels[part]
+            labels, trained = job.labels[part], job.trained[part]
             columns = {
                 "row": np.arange(first, stop), "key": job.codes.samples(first, stop)["key"],
                 "label": pa.array(labels, mask=labels == MISSING_LABEL),
+                "trained_on": pa.array(trained == TRAINED, mask=trained == UNKNOWN),
                 **{name: pa.array(values[part], mask=np.isnan(values[part])) for name, values in figures.items()},
             }  # fmt: skip
             writer.write_table(pa.table(columns, schema=pa.schema(fields)))
 
 
-def _panels(
-    job: _Job, maps: Mapping[str, zarr.Array[Any]], shown: Mapping[str, np.ndarray[Any, Any]]
-) -> tuple[list[Panel], int, int]:
-    """The images and where their bits are, and into how many columns and how large they are to be drawn."""
+def _picture(job: _Job, maps: Mapping[str, zarr.Array[Any]], shown: Mapping[str, np.ndarray[Any, Any]]) -> Image.Image:
+    """The images and where their bits are, those of each end in a line of panels, over what the colours of bits mean."""
     side = -(-CODES_SIDE // (widest := max(max(level.grid) for level in job.prior.config.levels))) * widest
-    panels = []
+    sheets = []
     for title, places in shown.items():
         if not len(places):
             continue
-        codes = {name: job.codes[name][places + job.rows.start] for name in job.codes.levels}
-        pictures = [Panel("images", decode_rows(job.model, codes))] if job.model else code_panels(codes, side)
-        side = pictures[0].images.shape[-1]
-        panels += [replace(panel, title=f"{title}: {panel.title}") for panel in pictures]
+        rows = places + job.rows.start
+        codes = {name: job.codes[name][rows] for name in job.codes.levels}
+        panels = [Panel("images", decode_rows(job.model, codes))] if job.model else code_panels(codes, side)
+        side = panels[0].images.shape[-1]
+        captions = row_captions(job.codes, rows)
+        panels[0] = replace(panels[0], title=f"{title}: {panels[0].title}", captions=captions)
         panels += [
-            Panel(f"bits per code: {name}, 0 to {WHITE_BITS:g}", heat(np.asarray(array.oindex[places]), side))
+            Panel(f"bits per code: {name}", heat(np.asarray(array.oindex[places]), side))
             for name, array in maps.items()
         ]
-    return panels, min(COLUMNS, job.options.num), good_scale(side)
+        sheets.append(side_by_side(panels, min(COLUMNS, job.options.num), good_scale(side)))
+    return stacked([*sheets, bits_bar()])
 
 
 def _level_record(job: _Job, level: priors.LevelShape, bits: Floats) -> dict[str, Any]:
@@ -252,21 +269,32 @@ def _level_record(job: _Job, level: priors.LevelShape, bits: Floats) -> dict[str
     }
 
 
+def _training_records(job: _Job, table: Mapping[str, np.ndarray[Any, Any]]) -> list[dict[str, Any]]:
+    """Means of the rows that were held out, of those that were trained on, and of those of which it is not known; of those that there are."""
+    records = []
+    for known, state in ((False, HELD_OUT), (True, TRAINED), (None, UNKNOWN)):
+        if (here := job.trained == state).any():
+            means = {name: float(table[name][here].mean()) for name in ("bits", "bits_per_code", "z")}
+            records.append({"trained_on": known, "rows": int(here.sum()), **means})
+    return records
+
+
 def _label_records(job: _Job, total: Floats) -> list[dict[str, Any]]:
     """One entry for each label that occurs; label -1 is of rows without one."""
     labels, places, numbers = np.unique(job.labels, return_inverse=True, return_counts=True)
-    names, means = job.codes.class_names, np.bincount(places, total) / numbers
+    means = np.bincount(places, total) / numbers
     return [
-        {"label": label, "name": names[label] if 0 <= label < len(names) else "", "rows": number, "bits": bits}
+        {"label": label, "name": name_of(label, job.class_names), "rows": number, "bits": bits}
         for label, number, bits in zip(labels.tolist(), numbers.tolist(), means.tolist(), strict=True)
     ]
 
 
 def _named(job: _Job, table: Mapping[str, np.ndarray[Any, Any]], places: np.ndarray[Any, Any]) -> list[dict[str, Any]]:
-    rows = places + job.rows.start
+    rows, trained = places + job.rows.start, {TRAINED: True, HELD_OUT: False, UNKNOWN: None}
     keys = job.codes.samples_at(rows)["key"].to_pylist()
     return [
-        {"row": int(row), "key": key, "label": int(job.labels[place]), "bits": float(table["bits"][place]), "z": float(table["z"][place])}
+        {"row": int(row), "key": key, "label": int(job.labels[place]), "name": name_of(int(job.labels[place]), job.class_names),
+         "trained_on": trained[int(job.trained[place])], "bits": float(table["bits"][place]), "z": float(table["z"][place])}
         for row, key, place in zip(rows, keys, places, strict=True)
     ]  # fmt: skip
 
@@ -288,9 +316,19 @@ def _result(out: Path, *, already: bool) -> Result:
     lines.append(
         f"  in all: {record['bits_per_code']:.3f} bits per code, {record['bits']:,.1f} a row (standard deviation {record['bits_deviation']:,.1f})"
     )
+    sides = record.get("training", [])
+    lines += [
+        f"  {TRAINING_WORDS[side['trained_on']]}: {side['rows']:,} rows, {side['bits_per_code']:.3f} bits per code, {side['bits']:,.1f} a row, "
+        f"z {side['z']:+.2f} on average"
+        for side in sides
+        if len(sides) > 1 or side["trained_on"] is not None  # else a note has said that it is not known
+    ]
     lines.append("least likely:")
     for entry in record["least_likely"][:LISTED]:
-        label = f", label {entry['label']}" if entry["label"] != MISSING_LABEL else ""
-        lines.append(f"  row {entry['row']}: {entry['key']}{label}: {entry['bits']:,.1f} bits, z {entry['z']:+.2f}")
+        label = entry["label"]
+        words = "" if label == MISSING_LABEL else f", {label_words(label, entry.get('name', ''))}"
+        if (known := entry.get("trained_on")) is not None:
+            words += f", {TRAINING_WORDS[known]}"
+        lines.append(f"  row {entry['row']}: {entry['key']}{words}: {entry['bits']:,.1f} bits, z {entry['z']:+.2f}")
     lines.append(f"made {', '.join(str(out / name) for name in (TABLE_FILE, MAPS_FOLDER, PICTURE_FILE, SCORE_FILE))}")
     return Result(lines, Counts(encoded=stop - first), stop - first, record | {"out": str(out)})

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
-from pipelines.pictures import Pixels
+from pipelines.pictures import Pixels, colour_bar
 from vqmill.spec import MISSING_LABEL
 
 ROUNDING = (
@@ -15,6 +16,8 @@ ROUNDING = (
 WHITE_BITS = (
     16.0  # the same in every picture, so that pictures can be compared; log2 K is 16 for the largest usual codebook
 )
+
+BAR_PIXELS = 256
 
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -71,3 +74,12 @@ def heat(bits: np.ndarray[Any, Any], side: int) -> Pixels:
     colours = np.stack([np.clip(level - shift, 0.0, 1.0) for shift in range(3)], axis=1)  # [N, 3, h, w]
     rows, columns = ((np.arange(side) * size) // side for size in bits.shape[1:])
     return (colours * 255).round().astype(np.uint8)[:, :, rows][:, :, :, columns]
+
+
+def bits_bar() -> Image.Image:
+    """What the colours of `heat` mean: from 0 to 16 bits per code."""
+    bits = np.linspace(0.0, WHITE_BITS, BAR_PIXELS)[:, None, None]
+    marks = {f"{bits:g}": bits / WHITE_BITS for bits in range(0, int(WHITE_BITS), 4)} | {
+        f"{WHITE_BITS:g} bits per code, or more": 1.0
+    }
+    return colour_bar(heat(bits, 1)[:, :, 0, 0], marks)

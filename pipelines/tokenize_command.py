@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,25 +16,30 @@ from pipelines.encoder import Encoding
 from pipelines.foreign import ForeignTokenizer, load_tokenizer
 from pipelines.growth import grows, require_same_job, stages
 from pipelines.options import Codec, Device, Precision, choose_device, default_workers
-from pipelines.outputs import refuse_inside, run_record
+from pipelines.outputs import disk_bytes, refuse_inside, run_record
 from pipelines.planning import planned
 from pipelines.progress import meter
 from pipelines.results import Result
-from pipelines.tokenize import TokenizeOptions, store_spec, tokenize_corpus
+from pipelines.tokenize import TokenizeOptions, TokenizeResult, store_spec, tokenize_corpus
 from tokenizer.protocol import ImageTokenizer, level_specs
 from vqmill.errors import CodesError, UsageError
 from vqmill.files import canonical_json
 from vqmill.layout import find_spec
 from vqmill.places import FileAt, Folder, Where, place_of
-from vqmill.spec import MOST_ROWS_PER_SHARD
+from vqmill.spec import MOST_ROWS_PER_SHARD, LevelSpec
 
 
 def tokenize(
     corpus: str, tokenizer_path: Path | None, out: str | Path, *, module: str | None, size: int | None, workers: int | None, batch_size: int, shard_rows: int | None,
-    codec: Codec, precision: Precision, device: Device, dry_run: bool,
+    codec: Codec, precision: Precision, device: Device, dry_run: bool, limit: int | None = None,
 ) -> Result:  # fmt: skip
     """Runs the command; see `vqmill tokenize --help`."""
-    for flag, value in (("--workers", workers), ("--batch-size", batch_size), ("--shard-rows", shard_rows)):
+    for flag, value in (
+        ("--workers", workers),
+        ("--batch-size", batch_size),
+        ("--shard-rows", shard_rows),
+        ("--limit", limit),
+    ):
         if value is not None and value < 1:
             raise UsageError(f"{flag} must be at least 1, got {value}.")
     if shard_rows is not None and shard_rows > MOST_ROWS_PER_SHARD:
@@ -41,7 +47,7 @@ def tokenize(
     try:
         model = load_tokenizer(tokenizer_path, module)
         size = size if size is not None else model.size
-        level_specs(model, size)
+        levels = level_specs(model, size)
         if isinstance(model, ForeignTokenizer):  # what is wrong with it is said before anything is made
             model.encode(torch.zeros(1, model.channels, size, size, dtype=torch.uint8))
     except CodesError as error:
@@ -54,6 +60,8 @@ def tokenize(
     refuse_inside(out, corpus)
     place_of(out)  # an address that holds a secret is refused before it can be recorded
     plan = planned(corpus)
+    if limit is not None:
+        plan = plan.first_samples(limit)
     if dry_run:
         return _dry_run(plan, model, out, options)
 
@@ -65,10 +73,9 @@ def tokenize(
     with meter("tokenizing", "samples") as show:
         # Said at the beginning, too: who finds an unfinished store looks there for the command that finishes it.
         made = tokenize_corpus(plan, model, out, options, show, started=record)
-    new = made.rows - made.resumed_rows
     if made.did_something or not run_file(out).exists():
         record(rows=made.rows, counts=asdict(made.counts), seconds=made.seconds)
-    lines = [f"{out}: {made.rows:,} rows ({new:,} of them in this run, {made.resumed_rows:,} found committed)"]
+    lines = _made_lines(out, levels, made)
     if made.appended_rows:
         lines.append(f"appended: {made.appended_rows:,} rows, behind the {made.rows - made.appended_rows:,} of before")
     if made.mended:
@@ -83,15 +90,43 @@ def tokenize(
         )
     lines += [f"quarantined: {count:,} {reason}" for reason, count in sorted(made.reasons.items())]
     lines += [f"skipped: {count:,} {reason}" for reason, count in sorted(plan.skipped.items())]
+    lines.append(f"next: {next_command(out, levels)}")
     facts = {
         "out": str(out),
         "resumed_rows": made.resumed_rows,
+        "disk_bytes": disk_bytes(out),
         "appended_rows": made.appended_rows,
         "mended_shards": list(made.mended),
         "reasons": made.reasons,
         "fingerprint": model.fingerprint,
     }
     return Result(lines, made.counts, made.rows, facts, quarantine=f"{out}/quarantine")
+
+
+def _made_lines(out: str | Path, levels: Iterable[LevelSpec], made: TokenizeResult) -> list[str]:
+    """What is there, and what this run did for it."""
+    new = made.rows - made.resumed_rows
+    run = "nothing to do: it was finished before"
+    if made.did_something:
+        run = f"this run: {new:,} rows in {made.seconds:,.1f} s, start-up included ({new / made.seconds:,.0f} rows/s)"
+        run += f"; {made.resumed_rows:,} rows were committed before" if made.resumed_rows else ""
+    return [
+        f"{out}: {made.rows:,} rows of {_grids(levels)}; {disk_bytes(out) / 1e6:,.2f} MB on disk, "
+        f"{made.counts.quarantined:,} samples quarantined",
+        run,
+    ]
+
+
+def next_command(out: str | Path, levels: Iterable[LevelSpec]) -> str:
+    """What to do with a new store: train a prior, where its levels are such as priors model."""
+    flat = all(len(level.grid) == 2 for level in levels)
+    return f"vqmill train-prior {out} --out DIR" if flat else f"vqmill inspect {out}"
+
+
+def _grids(levels: Iterable[LevelSpec]) -> str:
+    return ", ".join(
+        f"{level.name} {'x'.join(map(str, level.grid))} of {level.codebook_size} codes" for level in levels
+    )
 
 
 def run_file(store: Where) -> FileAt:
@@ -155,12 +190,9 @@ def _dry_run(plan: Plan, model: ImageTokenizer, out: str | Path, options: Tokeni
         state = f"{done:,} rows are committed already"
         if grows(found, plan):
             state = f"would append {more:,} samples to {done:,} rows"
-    grids = ", ".join(
-        f"{level.name} {'x'.join(map(str, level.grid))} of {level.codebook_size} codes" for level in spec.levels
-    )
     lines = [
         f"{plan.corpus}: {len(plan.shards):,} input shards, {plan.num_samples:,} samples, {plan.num_bytes / 1e6:,.1f} MB",
-        f"{out}: {grids}; at most {raw / 1e6:,.1f} MB before compression, {spec.rows_per_shard:,} rows a Zarr shard",
+        f"{out}: {_grids(spec.levels)}; at most {raw / 1e6:,.1f} MB before compression, {spec.rows_per_shard:,} rows a Zarr shard",
         state,
         f"{options.workers} workers on {options.device}; nothing was written",
     ]

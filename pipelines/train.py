@@ -23,7 +23,7 @@ from pipelines.fit import Batch, FitConfig, Stream, fit
 from pipelines.precision import exact_float32
 from pipelines.progress import Meter, meter
 from pipelines.results import printable
-from pipelines.training_log import METRICS_FILE, NOTES_FILE
+from pipelines.training_log import METRICS_FILE, NOTES_FILE, newest_record
 from pipelines.training_state import RESUME_FILE
 from vqmill.checkpoint import load_checkpoint, save_checkpoint
 from vqmill.errors import CodesError, UsageError
@@ -228,7 +228,7 @@ def _following(folder: Path, show: Meter, steps: int | None) -> Iterator[None]:
                 shown += len(whole) + 1
                 for line in whole.decode().splitlines():
                     show.say(printable(line))
-        if steps and (newest := _newest_step(folder / METRICS_FILE)):
+        if steps and (newest := newest_record(folder / METRICS_FILE, "learning_rate", TAIL_BYTES)):
             show(newest["step"], steps, f"loss {newest['loss']:.4f}")
 
     def follow() -> None:
@@ -243,15 +243,3 @@ def _following(folder: Path, show: Meter, steps: int | None) -> Iterator[None]:
         stop.set()
         thread.join()
         look()
-
-
-def _newest_step(path: Path) -> dict[str, Any] | None:
-    """The last whole line about a training step near the end of a metrics file."""
-    if not path.exists():
-        return None
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - TAIL_BYTES))
-        lines = file.read().split(b"\n")
-    # The first piece may begin, and the last may end, in the middle of a line.
-    steps = [record for line in lines[:-1] if line.startswith(b"{") and "learning_rate" in (record := json.loads(line))]
-    return steps[-1] if steps else None

@@ -150,7 +150,7 @@ def train_prior(
                 trained = {name: _train_level(jobs[name], place, flags, device) for name in wanted}
             if missing := [name for name in jobs if name not in trained]:
                 return _unfinished(out, level, missing)
-            prior = priors.Prior(prior_config).eval()
+            prior = priors.Prior(prior_config, codes.class_names[: prior_config.num_classes]).eval()
             for name, found in trained.items():
                 priors.PriorStep(prior, name).load_state_dict(found.tensors)
             priors.save(prior, place.folder)
@@ -165,8 +165,7 @@ def train_prior(
 
 def _notes(recipe: FitConfig, table: Mapping[str, Any], fits: Mapping[str, FitConfig]) -> list[str]:
     """What a short run has cut, once for all levels that it holds for."""
-    usual = {name: {**table, **table.get(name, {})}.get("warmup_steps", recipe.warmup_steps) for name in fits}
-    lines = [shortened(fit.steps, warmup_steps=(usual[name], fit.warmup_steps)) for name, fit in fits.items()]
+    lines = [shortened(recipe, {**table, **table.get(name, {})}, fit) for name, fit in fits.items()]
     return list(dict.fromkeys(line for found in lines for line in found))
 
 

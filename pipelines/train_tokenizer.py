@@ -158,11 +158,7 @@ def _plan_job(
         raise UsageError(
             f"[tokenizer] start_step {model_config.start_step}: with --steps {fit.steps} the codebooks would never begin. Take fewer, a quarter at most."
         )
-    notes = shortened(
-        fit.steps,
-        warmup_steps=(tables["fit"].get("warmup_steps", recipe.warmup_steps), fit.warmup_steps),
-        start_step=(usual_start, model_config.first_update),
-    )
+    notes = shortened(recipe, tables["fit"], fit, start_step=(usual_start, model_config.first_update))
     return TokenizerJob(planned(corpus), model_config, fit, Augmentation(), holdout), device, notes
 
 

@@ -101,6 +101,24 @@ def require_tensorboard() -> None:
         )
 
 
+def newest_record(path: Path, name: str, tail_bytes: int | None = None) -> dict[str, Any] | None:
+    """The last whole line of a metrics file that has a value of this name: `learning_rate` of steps, `validation/loss` of evaluations.
+
+    Args:
+        path: the file; None comes of one that is not there.
+        name: of the value.
+        tail_bytes: so many at its end are read; all of them when None.
+    """
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        file.seek(0 if tail_bytes is None else max(0, path.stat().st_size - tail_bytes))
+        lines = file.read().split(b"\n")
+    # The first piece may begin, and the last may end, in the middle of a line.
+    found = [record for line in lines[:-1] if line.startswith(b"{") and name in (record := json.loads(line))]
+    return found[-1] if found else None
+
+
 def _forget_after(path: Path, step: int) -> None:
     """Drops the log lines of steps that will be done again."""
     if path.exists():

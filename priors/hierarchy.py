@@ -5,7 +5,7 @@ Razavi et al. 2019, "Generating Diverse High-Fidelity Images with VQ-VAE-2", sec
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -14,19 +14,30 @@ from priors.config import LevelShape, PriorConfig
 from priors.level import LevelPrior
 from priors.presets import preset_config
 from vqmill.checkpoint import fingerprint
+from vqmill.errors import CodesError
 
 
 class Prior(nn.Module):
     """p(codes | label) over all levels; the levels share a configuration and no weights.
 
+    Args:
+        config: what it is built from.
+        class_names: names of the classes by label, as many as are known; "" for a class without one. They are for people: saved beside
+            the configuration, and no part of the fingerprint, so that the same weights stay the same prior by whatever names.
+
     Attributes:
         config: what it was built from.
+        class_names: the names.
         level_priors: one LevelPrior a level, coarse to fine.
+
+    Raises:
+        CodesError: the names are no list of texts, or more than there are classes.
     """
 
-    def __init__(self, config: PriorConfig) -> None:
+    def __init__(self, config: PriorConfig, class_names: Sequence[str] = ()) -> None:
         super().__init__()
         self.config = config
+        self.class_names = _checked_names(class_names, config.num_classes)
         self.level_priors = nn.ModuleList(LevelPrior(config, index) for index in range(len(config.levels)))
 
     @property
@@ -58,16 +69,13 @@ class Prior(nn.Module):
 def from_preset(
     name: str, levels: Iterable[LevelShape], num_classes: int, tokenizer_fingerprint: str, /, **overrides: Any
 ) -> Prior:
-    """A new, untrained prior; its weights are drawn from torch's global generator.
-
-    Args:
-        name: a key of `PRESETS`.
-        levels: the grids of codes, coarse to fine.
-        num_classes: labels lie in [0, num_classes); 0 for a prior that takes no label.
-        tokenizer_fingerprint: the tokenizer whose codes are modelled.
-        **overrides: other values for fields of the networks; see `preset_config`.
-
-    Raises:
-        CodesError: unknown preset or field (the nearest name is suggested), or a value out of its range.
-    """
+    """A new, untrained prior of a preset; see `preset_config` for what is given and raised. Its weights are drawn from torch's global generator."""
     return Prior(preset_config(name, levels, num_classes, tokenizer_fingerprint, **overrides))
+
+
+def _checked_names(names: Sequence[str], num_classes: int) -> tuple[str, ...]:
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise CodesError(f"class_names: expected a list of names, found {names!r}.")
+    if len(names) > num_classes:
+        raise CodesError(f"class_names: expected {num_classes} at most, one for each class, found {len(names)}.")
+    return tuple(names)

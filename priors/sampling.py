@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,12 +18,13 @@ from priors.selecting import Drawing, clamped, guided, gumbel_select
 from vqmill.errors import CodesError
 
 Codes = dict[str, Tensor]
+Labels = Tensor | np.ndarray[Any, Any] | Sequence[int] | int
 
 
 def sample(
     prior: Prior,
     num: int,
-    labels: Tensor | None = None,
+    labels: Labels | None = None,
     seed: int = 0,
     drawing: Drawing | None = None,
     given: Mapping[str, Tensor] | None = None,
@@ -38,7 +41,8 @@ def sample(
     Args:
         prior: any mode; its mode is kept.
         num: how many samples.
-        labels: int64 [num] in [-1, num_classes), -1 for any class; None for any class.
+        labels: whole numbers [num] in [-1, num_classes), -1 for any class: a tensor, an array or a list; or one number for all samples;
+            None for any class.
         seed: in [0, 2**63).
         drawing: how codes are drawn; None for the model's own probabilities.
         given: codes that are known already, by level, integers [num, h, w], -1 where they are to be drawn; a level that is not named is
@@ -56,8 +60,8 @@ def sample(
     """
     drawing = drawing or Drawing()
     check_sampling(prior, num, labels, seed, drawing, given, batch_size)
-    labels = _as_labels(prior, num, labels)
-    given = {name: values.long() for name, values in (given or {}).items()}
+    classes = _as_labels(prior, num, labels)
+    known = {name: _as_given(prior.level_prior(name).shape, num, values) for name, values in (given or {}).items()}
     if device is not None:
         prior.to(device)
     total = num * drawing.candidates * sum(level.num_codes for level in prior.config.levels)
@@ -74,8 +78,8 @@ def sample(
         samples = range(start, min(start + batch_size, num))
         part = slice(start, samples.stop)
         batch = _Batch(
-            prior, samples, None if labels is None else labels[part], seed, drawing,
-            {name: values[part] for name, values in given.items()}, sampler, tell,
+            prior, samples, None if classes is None else classes[part], seed, drawing,
+            {name: values[part] for name, values in known.items()}, sampler, tell,
         )  # fmt: skip
         batches.append({name: values.cpu() for name, values in batch.best().items()})
     return {name: torch.cat([batch[name] for batch in batches]) for name in prior.levels}
@@ -144,7 +148,7 @@ class _Batch:
 
 
 def check_sampling(
-    prior: Prior, num: int, labels: Tensor | None, seed: int, drawing: Drawing, given: Mapping[str, Tensor] | None = None,
+    prior: Prior, num: int, labels: Labels | None, seed: int, drawing: Drawing, given: Mapping[str, Tensor] | None = None,
     batch_size: int = 64,
 ) -> None:  # fmt: skip
     """Refuses what `sample` cannot do, before anything is computed; arguments as there.
@@ -152,60 +156,79 @@ def check_sampling(
     Raises:
         CodesError: as `sample`.
     """
-    if num < 1 or batch_size < 1:
-        raise CodesError(f"expected num and batch_size of at least 1, found {num} and {batch_size}.")
+    for name, value in (("num", num), ("batch_size", batch_size)):
+        if value < 1:
+            raise CodesError(f"{name}: expected at least 1, found {value}.")
     if not 0 <= seed < 2**63:
         raise CodesError(f"seed: expected a whole number in [0, 2**63), found {seed}.")
-    _check_labels(prior, num, labels)
+    found = _as_labels(prior, num, labels)
     if drawing.compares:
-        _check_comparison(prior, labels)
+        _check_comparison(prior, found, drawing)
     for name, values in (given or {}).items():
-        _check_given(prior.level_prior(name).shape, num, values)
+        _as_given(prior.level_prior(name).shape, num, values)
 
 
-def _as_labels(prior: Prior, num: int, labels: Tensor | None) -> Tensor | None:
-    """The labels to condition on: int64 [num], or None for a prior that takes none."""
-    if not prior.config.num_classes:
-        return None
-    return torch.full((num,), -1) if labels is None else labels.long()
-
-
-def _check_labels(prior: Prior, num: int, labels: Tensor | None) -> None:
+def _as_labels(prior: Prior, num: int, labels: Labels | None) -> Tensor | None:
+    """The labels to condition on, checked: int64 [num], or None for a prior that takes none."""
     num_classes = prior.config.num_classes
     if labels is None:
-        return
+        return torch.full((num,), -1) if num_classes else None
     if not num_classes:
         raise CodesError(
             "labels were given, but this prior was trained without them. Sample without a label, or train one with."
         )
-    if tuple(labels.shape) != (num,) or labels.is_floating_point():
-        raise CodesError(f"labels: expected {num} whole numbers, found {labels.dtype} {list(labels.shape)}.")
-    wrong = labels[(labels < -1) | (labels >= num_classes)]
-    if len(wrong):
-        raise CodesError(f"labels: expected 0..{num_classes - 1} (or -1 for any class), found {int(wrong[0])}.")
-
-
-def _check_comparison(prior: Prior, labels: Tensor | None) -> None:
-    """Guidance and candidates compare the model with a label to the model without, so both must have been learned and a label be given."""
-    if not prior.config.num_classes:
-        raise CodesError("guidance and candidates need labels, and this prior was trained without: leave them out.")
-    if labels is None or bool((labels < 0).any()):
+    found = _integers("labels", labels, f"one class number for all, or {num} whole numbers")
+    if found.shape not in ((), (num,)):
         raise CodesError(
-            "guidance and candidates compare samples with a label to those without: give every sample a label."
+            f"labels: expected one class number for all, or {num} whole numbers, found {list(found.shape)}."
+        )
+    _check_range("labels", found, num_classes, "for any class")
+    return found.expand(num)
+
+
+def _as_given(shape: LevelShape, num: int, values: Tensor) -> Tensor:
+    """What is given of a level, checked: int64 [num, h, w]."""
+    what, wanted = f"given codes of level '{shape.name}'", [num, *shape.grid]
+    found = _integers(what, values, f"whole numbers {wanted}")
+    if list(found.shape) != wanted:
+        raise CodesError(f"{what}: expected whole numbers {wanted}, found {list(found.shape)}.")
+    _check_range(what, found, shape.codebook_size, "to be drawn")
+    return found
+
+
+def _integers(what: str, values: Labels, expected: str) -> Tensor:
+    """Whole numbers of any shape as an int64 tensor, which is a copy unless they are one."""
+    if isinstance(values, Tensor):
+        found, whole = values, not (values.is_floating_point() or values.is_complex() or values.dtype == torch.bool)
+    else:
+        try:
+            array = np.array(values)
+        except (TypeError, ValueError) as error:  # lists of different lengths, for example
+            raise CodesError(f"{what}: expected {expected}, found {values!r}.") from error
+        found, whole = array, array.dtype.kind in "iu"
+    if not whole:
+        raise CodesError(f"{what}: expected {expected}, found {found.dtype} {list(found.shape)}.")
+    return torch.as_tensor(found).long()
+
+
+def _check_range(what: str, values: Tensor, size: int, free: str) -> None:
+    wrong = values[(values < -1) | (values >= size)]
+    if len(wrong):
+        raise CodesError(f"{what}: expected 0..{size - 1} (or -1 {free}), found {int(wrong[0])}.")
+
+
+def _check_comparison(prior: Prior, labels: Tensor | None, drawing: Drawing) -> None:
+    """Guidance and candidates compare the model with a label to the model without, so both must have been learned and a label be given."""
+    asked = " and ".join(name for name in ("guidance", "candidates") if getattr(drawing, name) != 1)
+    if labels is None:
+        raise CodesError(
+            f"{asked}: would compare a class to any class, but this prior was trained without classes. Leave it out."
+        )
+    if bool((labels < 0).any()):
+        raise CodesError(
+            f"{asked}: would compare a class to any class, so every sample needs a class, not -1: give labels."
         )
     if not all(network.label_dropout for network in prior.config.networks):
         raise CodesError(
-            "guidance and candidates need a prior that was trained with label_dropout above 0, so that it knows `any class` too."
-        )
-
-
-def _check_given(shape: LevelShape, num: int, values: Tensor) -> None:
-    if tuple(values.shape) != (num, *shape.grid) or values.is_floating_point():
-        raise CodesError(
-            f"given codes of level '{shape.name}': expected whole numbers {[num, *shape.grid]}, found {values.dtype} {list(values.shape)}."
-        )
-    wrong = values.long()[(values.long() < -1) | (values.long() >= shape.codebook_size)]
-    if len(wrong):
-        raise CodesError(
-            f"given codes of level '{shape.name}': expected 0..{shape.codebook_size - 1} (or -1 to be drawn), found {int(wrong[0])}."
+            f"{asked}: would compare a class to any class, which only a prior knows that was trained with label_dropout above 0."
         )

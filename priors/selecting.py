@@ -47,7 +47,7 @@ class Drawing:
             raise CodesError(f"candidates: expected at least 1, found {self.candidates}.")
         if self.candidates > 1 and self.temperature == 0:
             raise CodesError(
-                f"candidates {self.candidates} with temperature 0: all of them would be the same. Raise the temperature."
+                f"candidates {self.candidates} with temperature 0: all of them would be the same. Raise temperature."
             )
 
     @property

@@ -286,7 +286,9 @@ class TokenizerConfig:
                 )
         missing = [name for name in expected if name not in values]
         if missing:
-            raise CodesError(f"the tokenizer's configuration lacks {', '.join(missing)}.")
+            raise CodesError(
+                f"the tokenizer's configuration lacks {', '.join(missing)}. If an earlier version of vqmill wrote it, train it again."
+            )
         return cls(**values)
 
 

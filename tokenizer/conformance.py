@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenizer.protocol import ImageTokenizer, check_codes, check_facts, check_images
+from tokenizer.protocol import ImageTokenizer, check_codes, check_facts, check_images, check_scale
 from vqmill.errors import CodesError
 
 NUMBER = 8  # images that are encoded
@@ -80,6 +80,7 @@ def _checks(factory: Callable[[], ImageTokenizer]) -> Iterator[tuple[str, Callab
         with torch.no_grad():
             images = model.decode(results["codes"])
             check_images(model, images, results["codes"])
+            check_scale(model, images)
             if images.shape != given.shape:
                 raise CodesError(
                     f"decode: expected the shape that was encoded, {list(given.shape)}, found {list(images.shape)}."

@@ -143,7 +143,7 @@ def check_images(model: ImageTokenizer, images: Any, codes: Mapping[str, Tensor]
     """Sees that `decode` gave bytes, of a size that has just these codes.
 
     Raises:
-        CodesError: another type, dtype or shape; or floats in [0, 1] or [-1, 1] that were made into bytes as they are.
+        CodesError: another type, dtype or shape.
     """
     number = len(next(iter(codes.values())))
     if not isinstance(images, Tensor) or images.dtype != torch.uint8:
@@ -160,6 +160,14 @@ def check_images(model: ImageTokenizer, images: Any, codes: Mapping[str, Tensor]
             f"{list(images.shape)}. By its grid, size {model.size} has {_grids(model, codes, model.size)}, and size {side} has "
             f"{_grids(model, codes, side)}. Mend its decode, or its grid."
         )
+
+
+def check_scale(model: ImageTokenizer, images: Tensor) -> None:
+    """Sees that pixels of `decode` use their whole range. Where all of these images are black and white, a white one is sent through the codes.
+
+    Raises:
+        CodesError: they do not: floats in [0, 1] or [-1, 1] were made into bytes as they are.
+    """
     if images.numel() and int((images + 1).max()) <= 2:  # bytes wrap: there are none but 255 (-1 as a byte), 0 and 1
         white = torch.full((1, model.channels, model.size, model.size), 255, dtype=torch.uint8, device=images.device)
         if int(model.decode(model.encode(white)).max()) <= 1:

@@ -19,9 +19,10 @@ from vqmill.checkpoint import (
     save_checkpoint,
 )
 from vqmill.errors import CodesError
+from vqmill.kinds import CHECKPOINT_FILES, checkpoint_file
 
-FILE_NAME = "tokenizer.safetensors"
 KIND = "tokenizer"
+FILE_NAME = CHECKPOINT_FILES[KIND]
 
 
 def dumps(model: Tokenizer) -> bytes:
@@ -54,9 +55,8 @@ def load(path: str | Path) -> Tokenizer:
     Raises:
         CodesError: missing, damaged, not a tokenizer, or its weights do not fit its configuration.
     """
-    path = Path(path)
-    path = path / FILE_NAME if path.is_dir() else path
-    return _checked(*load_checkpoint(path), str(path))
+    file = checkpoint_file(path, KIND)
+    return _checked(*load_checkpoint(file), str(file))
 
 
 def _metadata(model: Tokenizer) -> dict[str, Any]:

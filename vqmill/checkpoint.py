@@ -60,14 +60,30 @@ def parse_checkpoint(data: bytes, source: str) -> tuple[dict[str, Tensor], dict[
 
     try:
         tensors = load(data)
-        header_bytes = int.from_bytes(data[:8], "little")
-        header = json.loads(data[8 : 8 + header_bytes])
     except (SafetensorError, ValueError, KeyError) as error:  # KeyError: a dtype that torch has not
-        raise CodesError(
-            f"{source}: not a whole safetensors file ({error}). Restore it from a copy, or train again."
-        ) from error
-    text = header.get("__metadata__", {}).get(METADATA_KEY)
-    if text is None:
+        raise _not_whole(source, error) from error
+    return tensors, _description(data[8 : 8 + int.from_bytes(data[:8], "little")], source)
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """The description that was saved with a checkpoint's tensors, which are not read.
+
+    Raises:
+        CodesError: as `load_checkpoint`.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return _description(file.read(min(length, path.stat().st_size)), str(path))
+
+
+def _description(header: bytes, source: str) -> dict[str, Any]:
+    try:
+        found: JsonValue = json.loads(header)
+    except (ValueError, RecursionError) as error:
+        raise _not_whole(source, error) from error
+    entries: JsonValue = found.get("__metadata__") if isinstance(found, dict) else None
+    text: JsonValue = entries.get(METADATA_KEY) if isinstance(entries, dict) else None
+    if not isinstance(text, str):
         raise CodesError(
             f"{source}: a safetensors file, but not one of vqmill's (no '{METADATA_KEY}' in its metadata)."
         )
@@ -77,7 +93,11 @@ def parse_checkpoint(data: bytes, source: str) -> tuple[dict[str, Tensor], dict[
         raise CodesError(f"{source}: its '{METADATA_KEY}' metadata is not JSON ({error}).") from error
     if not isinstance(metadata, dict):
         raise CodesError(f"{source}: its '{METADATA_KEY}' metadata is {type(metadata).__name__}, expected an object.")
-    return tensors, metadata
+    return metadata
+
+
+def _not_whole(source: str, error: Exception) -> CodesError:
+    return CodesError(f"{source}: not a whole safetensors file ({error}). Restore it from a copy, or train again.")
 
 
 def build_module(build: Callable[[], Module], tensors: Mapping[str, Tensor]) -> Module:

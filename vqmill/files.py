@@ -14,6 +14,7 @@ from typing import Any
 from vqmill.errors import UsageError
 
 PARTIAL_SUFFIX = ".partial"
+SETTINGS_FILE = "settings.json"  # of an output folder: the command, and all that shapes what it makes
 JsonValue = dict[str, Any] | list[Any] | str | float | bool | None  # what json.loads gives
 
 

@@ -16,6 +16,7 @@ from zarr.storage import MemoryStore
 
 from vqmill.errors import CodesError, UsageError
 from vqmill.files import JsonValue, canonical_json, sealed
+from vqmill.kinds import STORE_FILE, wrong_place
 from vqmill.places import Folder, Place, Where, place_of, read_file
 from vqmill.spec import CODECS, LABEL_FILL, MISSING_LABEL, LevelSpec, StoreSpec
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 LABEL = "label"
-GROUP = "zarr.json"  # the file that readers trust
+GROUP = STORE_FILE  # the file that readers trust
 FASTEST = "blosc-lz4"
 NEARLY = 1.02  # so much larger is given for chunks that decode two to four times as fast
 MAX_METADATA_BYTES = 16 * 1024 * 1024
@@ -187,13 +188,7 @@ def read_spec(store: Where) -> StoreSpec:
     """
     place = place_of(store)
     if isinstance(place, Folder) and not (place.path / GROUP).is_file():
-        if not place.path.exists():
-            raise UsageError(
-                f"{place.name}: no such code store. Make one with: vqmill tokenize CORPUS --tokenizer DIR --out {place.name}"
-            )
-        raise UsageError(
-            f"{place.name}: not a code store (it has no zarr.json). Expected a folder that `vqmill tokenize` wrote."
-        )
+        raise wrong_place(place.path, "store")
     try:
         data = read_file(place, GROUP, MAX_METADATA_BYTES)
     except FileNotFoundError as error:

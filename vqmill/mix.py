@@ -183,7 +183,7 @@ def _check_alike(first: Codes, other: Codes) -> None:
         return found | ({"class_names": codes.class_names} if first.class_names and other.class_names else {})
 
     sides = (first.place.name, other.place.name)
-    differences = list(different_settings(facts(first), facts(other), sides=sides))
+    differences = different_settings(facts(first), facts(other), sides)
     if differences:
         listing = "\n".join(f"  {line}" for line in differences)
         raise CodesError(

@@ -10,6 +10,10 @@ from typing import Any
 from vqmill.errors import UsageError
 from vqmill.files import JsonValue
 
+# Names of what decides much of the rest, the most telling first: a preset brings dozens of other values with it.
+FIRST = ("preset", "tokenizer", "prior", "store", "fingerprint", "tokenizer_fingerprint", "plan", "module")
+MOST = 10
+
 
 def refuse_other_settings(place: str, found: Mapping[str, Any], wanted: Mapping[str, Any], advice: str) -> None:
     """Says how an output that is there was made differently.
@@ -21,9 +25,9 @@ def refuse_other_settings(place: str, found: Mapping[str, Any], wanted: Mapping[
         advice: what to do.
 
     Raises:
-        UsageError: they differ; each difference has a line.
+        UsageError: they differ; see `different_settings`.
     """
-    differences = list(different_settings(found, wanted))
+    differences = different_settings(found, wanted)
     if differences:
         listing = "\n".join(f"  {line}" for line in differences)
         raise UsageError(f"{place}: exists with other settings:\n{listing}\n{advice}")
@@ -40,19 +44,37 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def different_settings(
-    found: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "", sides: tuple[str, str] = ("there", "now")
-) -> Iterator[str]:
+    found: Mapping[str, Any], wanted: Mapping[str, Any], sides: tuple[str, str] = ("there", "now"), most: int = MOST
+) -> list[str]:
     """One line for each value that differs between two nested settings, which are called by the names of the two sides.
 
-    >>> list(different_settings({"seed": 0, "size": 32}, {"seed": 1, "size": 32}))
-    ['seed: there 0, now 1']
+    What decides others comes first (`FIRST`), then what lies higher up; behind `most` lines there is only the number of the others.
+
+    >>> different_settings({"seed": 0, "size": 32, "preset": "a"}, {"seed": 1, "size": 32, "preset": "b"})
+    ['preset: there "a", now "b"', 'seed: there 0, now 1']
     """
+    differences = sorted(_differences(found, wanted), key=lambda difference: _weight(difference[0]))
+    lines = [
+        f"{'.'.join(names)}: {sides[0]} {_short(there)}, {sides[1]} {_short(now)}" for names, there, now in differences
+    ]
+    return lines if len(lines) <= most else [*lines[:most], f"and {len(lines) - most:,} more"]
+
+
+def _weight(names: tuple[str, ...]) -> tuple[int, int, tuple[str, ...]]:
+    """What sorts a setting's name: the sooner it is to be read, the smaller."""
+    return FIRST.index(names[-1]) if names[-1] in FIRST else len(FIRST), len(names), names
+
+
+def _differences(
+    found: Mapping[str, Any], wanted: Mapping[str, Any], names: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], JsonValue, JsonValue]]:
+    """Names from the outside in, and both values, of each setting that differs."""
     for name in sorted(found.keys() | wanted.keys()):
         there, now = _by_place(found.get(name)), _by_place(wanted.get(name))
         if isinstance(there, dict) and isinstance(now, dict):
-            yield from different_settings(there, now, f"{prefix}{name}.", sides)
+            yield from _differences(there, now, (*names, name))
         elif there != now:
-            yield f"{prefix}{name}: {sides[0]} {_short(there)}, {sides[1]} {_short(now)}"
+            yield (*names, name), there, now
 
 
 def _by_place(value: JsonValue | tuple[Any, ...]) -> JsonValue:

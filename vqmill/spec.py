@@ -146,7 +146,8 @@ class StoreSpec:
         rows_per_shard: rows of one Zarr shard, the same at every level.
         tokenizer: `fingerprint` always; `preset`, `precision`, `batch_size` and `computed_on` when the codes were made by encoding.
         preprocessing: at least `size`, `crop` and `decoder` of encoded images; empty for codes that a prior drew.
-        corpus: `description`, `num_samples`, `class_names` and `skipped` of encoded images; `sampled` of codes that a prior drew.
+        corpus: `description`, `num_samples`, `class_names` and `skipped` of encoded images; `sampled`, and `class_names` where the prior
+            has them, of codes that a prior drew.
         segments: in commit order; one at least in all that our commands write.
         codec: one of CODECS, how chunks are compressed; None until the first Zarr shard has chosen.
         num_rows: committed rows; what readers trust.

@@ -1,6 +1,6 @@
 """Corpora of images: folders, tar shards and the idx archives of the MNIST family; decoding; the stream that training reads.
 
-The stream is in `pipelines.corpus.stream`, which needs torch; nothing here does.
+The stream that training reads is in `pipelines.corpus.stream`.
 """
 
 from pipelines.corpus.images import Augmentation, Decoded, Preprocessing, View, decode_image, prepare, prepare_array

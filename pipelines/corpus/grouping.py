@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from functools import lru_cache
 from typing import BinaryIO
 
 from pipelines.corpus.names import IMAGE_EXTENSIONS, passed_over
@@ -101,7 +101,7 @@ class _Group:
     num_bytes: int = 0
 
     def add(self, extension: str, member: Member, tar: TarStream, load: bool) -> None:
-        read = _kind(extension) in IMAGE_EXTENSIONS or _kind(extension) in _TEXTS
+        read = _is_read(extension)
         self.num_bytes += member.size if read else 0
         if self.num_bytes > MAX_SAMPLE_BYTES:
             what = f"more than {MAX_SAMPLE_BYTES} bytes in one sample, at {member.name!r} (byte {member.offset})"
@@ -123,27 +123,48 @@ class _Group:
         """Chooses the members that mean something."""
         if self.problem is not None:
             return TarSample(self.key, self.index, problem=self.problem)
-        images = [extension for extension in self.parts if _kind(extension) in IMAGE_EXTENSIONS]
-        plain = [extension for extension in images if extension in IMAGE_EXTENSIONS]
-        if not images:
-            held = ", ".join("." + extension for extension in islice(self.parts, 8))
-            problem = Problem(Reason.MISSING_IMAGE, f"the sample holds only {held}")
-            return TarSample(self.key, self.index, problem=problem)
-        if not plain and len(images) > 1:
-            what = (
-                f".{images[0]}, .{images[1]}: a key ends at the first dot of the name, "
-                "so these belong to one sample, and none of them is its plain image"
-            )
-            return TarSample(self.key, self.index, problem=Problem(Reason.AMBIGUOUS_IMAGE, what))
-        chosen = (plain or images)[0]
-        stem = chosen.removesuffix(_kind(chosen))  # `b.0000.` of `b.0000.jpg`, whose label is `b.0000.cls`
-        texts = [
-            next((extension for extension in (stem + text, text) if extension in self.parts), "") for text in _TEXTS
-        ]
-        for extension in self.parts.keys() - {chosen, *texts}:
-            tally.unused["a further image of its sample" if extension in images else passed_over("x." + extension)] += 1
-        label, caption, json = (self.parts.get(extension) for extension in texts)
-        return TarSample(self.key, self.index, self.parts[chosen], label, caption, json)
+        roles = _roles(tuple(self.parts))
+        if isinstance(roles, Problem):
+            return TarSample(self.key, self.index, problem=roles)
+        for what in roles.unused:
+            tally.unused[what] += 1
+        label, caption, json = (self.parts.get(extension) for extension in roles.texts)
+        return TarSample(self.key, self.index, self.parts[roles.image], label, caption, json)
+
+
+@dataclass(frozen=True, slots=True)
+class _Roles:
+    """What the members of a sample are, by extension: label, caption and JSON are empty where there is none."""
+
+    image: str
+    texts: tuple[str, ...]
+    unused: tuple[str, ...]
+
+
+@lru_cache(maxsize=1024)  # the samples of a tar are nearly all alike
+def _roles(extensions: tuple[str, ...]) -> _Roles | Problem:
+    images = [extension for extension in extensions if _kind(extension) in IMAGE_EXTENSIONS]
+    plain = [extension for extension in images if extension in IMAGE_EXTENSIONS]
+    if not images:
+        held = ", ".join("." + extension for extension in extensions[:8])
+        return Problem(Reason.MISSING_IMAGE, f"the sample holds only {held}")
+    if not plain and len(images) > 1:
+        what = (
+            f".{images[0]}, .{images[1]}: a key ends at the first dot of the name, "
+            "so these belong to one sample, and none of them is its plain image"
+        )
+        return Problem(Reason.AMBIGUOUS_IMAGE, what)
+    chosen = (plain or images)[0]
+    stem = chosen.removesuffix(_kind(chosen))  # `b.0000.` of `b.0000.jpg`, whose label is `b.0000.cls`
+    texts = tuple(next((name for name in (stem + text, text) if name in extensions), "") for text in _TEXTS)
+    others = [extension for extension in extensions if extension not in (chosen, *texts)]
+    unused = tuple("a further image of its sample" if name in images else passed_over("x." + name) for name in others)
+    return _Roles(chosen, texts, unused)
+
+
+@lru_cache(maxsize=1024)
+def _is_read(extension: str) -> bool:
+    return _kind(extension) in IMAGE_EXTENSIONS or _kind(extension) in _TEXTS
 
 
 def walk_samples(stream: BinaryIO, tally: Tally, start: int = 0, load: bool = True) -> Iterator[TarSample]:

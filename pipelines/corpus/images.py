@@ -30,29 +30,25 @@ from PIL import (
 )
 
 from pipelines.corpus import quiet
+from pipelines.corpus.cost import check_cost
+from pipelines.corpus.header import check_header
 from pipelines.corpus.pixels import to_8_bit
 from pipelines.corpus.problems import BadImage, Reason
 from pipelines.corpus.sniff import name_of_format
+from pipelines.corpus.square import INTERPOLATION, Fit, make_square, swaps_sides, visible_box
 from vqmill.errors import CodesError
 
 FORMATS = tuple(
     name for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM") if name in Image.OPEN
 )
-MAX_PIXELS = 100_000_000  # more than any camera takes in one shot; 300 MB as RGB
+MAX_PIXELS = 100_000_000  # more than any camera takes in one shot
+MAX_MEMORY_BYTES = 200_000_000  # 31 megapixels of PNG, 12 of WebP; hundreds of a JPEG that is drafted
 PILLOW_MAX_PIXELS = (
     178_956_970  # beyond, Pillow's own guard refuses, which we leave in place for the rest of the process
 )
+DRAFT_LEAST = 2.5  # what is left for the resize, so that it decides the quality
 DRAFT_FACTOR = 4  # JPEGs this much too large are decoded at a half, quarter or eighth
-_ORIENTATION = 0x0112  # the EXIF tag; its values 2 to 8 stand for:
-_TRANSPOSE = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_ORIENTATION = 0x0112  # the EXIF tag
 quiet.install()
 
 
@@ -60,21 +56,26 @@ quiet.install()
 class Preprocessing:
     """How an image becomes a square of pixels.
 
-    The square of the short side is cut from the middle (offset rounded down, before the EXIF orientation is applied) and resized
-    (bicubic, antialiased) to `size`; smaller images are enlarged.
+    With `fit="crop"` the square of the short side is cut from the middle (offset rounded down) and resized (bicubic, antialiased) to
+    `size`; with `fit="pad"` the whole image is resized until its long side is `size`, and put into the middle of a square of background.
+    Smaller images are enlarged.
 
     Attributes:
         size: side of the square S, in pixels.
         channels: 1 (grey) or 3 (RGB).
+        fit: `crop` or `pad`.
         crop: `center`.
         max_pixels: images whose header claims more are refused; at most Pillow's own limit.
-        background: RGB in [0, 255], seen through transparent pixels.
+        max_memory_bytes: images that would take more to decode are refused; reckoned from the header.
+        background: RGB in [0, 255], seen through transparent pixels and, with `pad`, beside the image.
     """
 
     size: int
     channels: int = 3
+    fit: Fit = "crop"
     crop: Literal["center"] = "center"
     max_pixels: int = MAX_PIXELS
+    max_memory_bytes: int = MAX_MEMORY_BYTES
     background: tuple[int, int, int] = (255, 255, 255)
 
     def __post_init__(self) -> None:
@@ -82,11 +83,17 @@ class Preprocessing:
             raise CodesError(f"preprocessing: size must be at least 1 pixel, not {self.size}.")
         if self.channels not in (1, 3):
             raise CodesError(f"preprocessing: channels must be 1 (grey) or 3 (RGB), not {self.channels}.")
+        if self.fit not in ("crop", "pad"):
+            raise CodesError(f"preprocessing: fit must be 'crop' or 'pad', not {self.fit!r}.")
         if self.crop != "center":
             raise CodesError(f"preprocessing: crop must be 'center', not {self.crop!r}.")
         if not 1 <= self.max_pixels <= PILLOW_MAX_PIXELS:
             raise CodesError(
                 f"preprocessing: max_pixels must be from 1 to {PILLOW_MAX_PIXELS:,}, Pillow's own limit, not {self.max_pixels:,}."
+            )
+        if self.max_memory_bytes < 1_000_000:
+            raise CodesError(
+                f"preprocessing: max_memory_bytes must be at least 1,000,000, not {self.max_memory_bytes:,}."
             )
         if len(self.background) != 3 or not all(0 <= value <= 255 for value in self.background):
             raise CodesError(f"preprocessing: background must be three numbers from 0 to 255, not {self.background}.")
@@ -99,7 +106,7 @@ class Preprocessing:
         return {
             **asdict(self),
             "background": list(self.background),
-            "interpolation": f"bicubic, antialiased; JPEG drafts from {DRAFT_FACTOR}x",
+            "interpolation": f"{INTERPOLATION}; JPEG drafts from {DRAFT_FACTOR}x, leaving {DRAFT_LEAST}x",
             "orientation": "exif",
             "color_profiles": "ignored",
             "decoder": f"pillow {PIL.__version__} ({libraries})",
@@ -111,7 +118,7 @@ class View:
     """Which square of an image is seen, and whether mirrored.
 
     Attributes:
-        position: along the long side, in [0, 1); None for the middle.
+        position: along the long side, in [0, 1); None for the middle. Nothing is cut off with `fit="pad"`, so it does not matter there.
         flip: mirrored left to right, as seen (after the EXIF orientation).
     """
 
@@ -150,11 +157,13 @@ class Decoded:
     Attributes:
         pixels: uint8 [C, S, S] in [0, 255].
         width, height: of the whole image as it is seen, in pixels, before cropping and resizing.
+        kind: format and mode as Pillow names them, such as `JPEG RGB` or `PNG I;16`.
     """
 
     pixels: NDArray[np.uint8]
     width: int
     height: int
+    kind: str
 
 
 def prepare(image: bytes | NDArray[np.uint8], preprocessing: Preprocessing, view: View = CENTER) -> Decoded:
@@ -190,30 +199,52 @@ def decode_image(data: bytes, preprocessing: Preprocessing, view: View = CENTER)
 
 
 def _decode(data: bytes, preprocessing: Preprocessing, view: View) -> Decoded:
+    check_header(data)
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         width, height = image.size
-        if width * height > preprocessing.max_pixels:
-            raise BadImage(
-                Reason.TOO_MANY_PIXELS, f"{width} x {height} pixels; at most {preprocessing.max_pixels} are decoded"
-            )
-        if width < 1 or height < 1:
-            raise BadImage(Reason.DECODE_ERROR, f"the header gives {width} x {height} pixels")
-        scale = 1
-        if min(width, height) >= DRAFT_FACTOR * preprocessing.size:
-            twice = 2 * preprocessing.size  # the resize still halves at least, so that it decides the quality
-            if drafted := image.draft(None, (twice, twice)):
-                scale = round(width / drafted[1][2])
+        kind = f"{image.format} {image.mode}"
+        _check_size(width, height, preprocessing.max_pixels)
+        scale = _draft(image, preprocessing)
+        visible = min(image.size) ** 2 if preprocessing.fit == "crop" else image.width * image.height
+        check_cost(image, data, (width, height), visible, preprocessing.max_memory_bytes)
+        if image.format in ("JPEG", "MPO"):
+            image.decodermaxblock = max(
+                len(data), ImageFile.MAXBLOCK
+            )  # in one piece, so that no rest is put together with the next
         image.load()  # once only: after a failure, a second load() silently returns pixels
         orientation = _orientation(image)
         pixels = to_8_bit(image, preprocessing.channels)
-    square = _resize(pixels, (width, height), scale, preprocessing, view, orientation)
-    if orientation >= 5:  # the values that swap the sides
+    box = visible_box((width, height), preprocessing.fit, view.position, orientation)
+    scaled = (box[0] / scale, box[1] / scale, box[2] / scale, box[3] / scale)
+    square = make_square(
+        pixels, scaled, preprocessing.size, preprocessing.background, preprocessing.channels, orientation, view.flip
+    )
+    if swaps_sides(orientation):
         width, height = height, width
-    return Decoded(square, width, height)
+    return Decoded(square, width, height, kind)
+
+
+def _check_size(width: int, height: int, max_pixels: int) -> None:
+    if width * height > max_pixels:
+        raise BadImage(Reason.TOO_MANY_PIXELS, f"{width} x {height} pixels; at most {max_pixels} are decoded")
+    if width < 1 or height < 1:
+        raise BadImage(Reason.DECODE_ERROR, f"the header gives {width} x {height} pixels")
+
+
+def _draft(image: ImageFile.ImageFile, preprocessing: Preprocessing) -> int:
+    """Has a large JPEG decoded at a half, quarter or eighth; gives by what its sides are divided, rounded up."""
+    side = min(image.size) if preprocessing.fit == "crop" else max(image.size)
+    if side < DRAFT_FACTOR * preprocessing.size:
+        return 1
+    least = int(DRAFT_LEAST * preprocessing.size)
+    width, height = image.size
+    target = (least, least) if preprocessing.fit == "crop" else (least * width // side, least * height // side)
+    drafted = image.draft(None, (max(target[0], 1), max(target[1], 1)))
+    return round(width / drafted[1][2]) if drafted else 1
 
 
 def prepare_array(array: NDArray[np.uint8], preprocessing: Preprocessing, view: View = CENTER) -> Decoded:
-    """Crops and resizes an image that is an array already.
+    """Crops or pads, and resizes, an image that is an array already.
 
     Args:
         array: uint8 [H, W] (grey) or [H, W, 3] (RGB) in [0, 255].
@@ -221,46 +252,13 @@ def prepare_array(array: NDArray[np.uint8], preprocessing: Preprocessing, view: 
         view: which square of it.
     """
     height, width = array.shape[:2]
-    if height == width == preprocessing.size and (array.ndim == 2 or preprocessing.channels == 3):
-        planes = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
-        planes = planes[:, :, ::-1] if view.flip else planes
-        return Decoded(np.repeat(planes, preprocessing.channels // len(planes), axis=0), width, height)
-    pixels = to_8_bit(Image.fromarray(array), preprocessing.channels)
-    return Decoded(_resize(pixels, (width, height), 1, preprocessing, view), width, height)
-
-
-def _resize(
-    image: Image.Image,
-    whole: tuple[int, int],
-    scale: int,
-    preprocessing: Preprocessing,
-    view: View,
-    orientation: int = 1,
-) -> NDArray[np.uint8]:
-    """Cuts a square and resizes it; only then are orientation, background and mirroring applied, on few pixels.
-
-    Args:
-        image: `L`, `RGB` or `RGBA`.
-        whole: width and height as stored.
-        scale: how many times smaller the image is as a draft; its size is then rounded up.
-        preprocessing: size, channels and background.
-        view: which square of it.
-        orientation: the EXIF value.
-    """
-    short, spare = min(whole), max(whole) - min(whole)
-    offset = spare // 2 if view.position is None else min(int(view.position * (spare + 1)), spare)
-    left, top = (offset, 0) if whole[0] > whole[1] else (0, offset)
-    box = (left / scale, top / scale, (left + short) / scale, (top + short) / scale)
-    # With a box, no more than the square is ever made: resizing the whole of a 1 x 100,000 image first would exhaust the memory.
-    square = image.resize((preprocessing.size, preprocessing.size), Image.Resampling.BICUBIC, box=box)
-    if square.mode == "RGBA":  # Pillow resizes with premultiplied alpha, so the order does not matter
-        ground = Image.new("RGBA", square.size, (*preprocessing.background, 255))
-        square = Image.alpha_composite(ground, square).convert("L" if preprocessing.channels == 1 else "RGB")
-    if orientation in _TRANSPOSE:
-        square = square.transpose(_TRANSPOSE[orientation])
-    planes = np.asarray(square)
-    planes = planes[None] if planes.ndim == 2 else planes.transpose(2, 0, 1)  # [C, S, S]
-    return np.ascontiguousarray(planes[:, :, ::-1] if view.flip else planes)
+    if array.ndim == 3 and preprocessing.channels == 1:
+        array = np.asarray(Image.fromarray(array).convert("L"))
+    box = visible_box((width, height), preprocessing.fit, view.position)
+    square = make_square(
+        array, box, preprocessing.size, preprocessing.background, preprocessing.channels, flip=view.flip
+    )
+    return Decoded(square, width, height, "array L" if array.ndim == 2 else "array RGB")
 
 
 def _orientation(image: ImageFile.ImageFile) -> int:
@@ -269,7 +267,7 @@ def _orientation(image: ImageFile.ImageFile) -> int:
         orientation = image.getexif().get(_ORIENTATION, 1)
     except Exception:
         return 1
-    return orientation if orientation in _TRANSPOSE else 1
+    return orientation if orientation in range(1, 9) else 1
 
 
 def _bad_image(data: bytes, error: Exception) -> BadImage:

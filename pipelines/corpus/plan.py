@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +21,7 @@ from pipelines.corpus.grouping import Tally, walk_samples
 from pipelines.corpus.names import text_of
 from pipelines.corpus.problems import CorpusError
 from pipelines.corpus.published import PREFIX, IdxFiles, find_published
+from vqmill.kinds import held_by, kind_of
 
 FILES_PER_SHARD = 256
 ROWS_PER_SHARD = 1024
@@ -54,9 +55,17 @@ class FileBundle:
 
 @dataclass(frozen=True, slots=True)
 class TarFile:
-    """A local tar. `path` is absolute."""
+    """A local tar, or a part of it.
+
+    Attributes:
+        path: absolute.
+        start: the first of its samples.
+        whole: the input shard of the whole tar, for a part.
+    """
 
     path: str
+    start: int = 0
+    whole: InputShard | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +111,8 @@ class InputShard:
         facts: list[object] = [self.kind, self.name, self.num_samples, self.num_bytes]
         if isinstance(self.content, FileBundle):
             facts.append([[file.key, text_of(file.path), file.label, file.num_bytes] for file in self.content.files])
+        elif isinstance(self.content, TarFile) and self.content.whole:
+            facts.append(self.content.whole.digest)  # of a tar that has changed, no part is as it was
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
@@ -149,20 +160,28 @@ class Plan:
     def cut_at(self, totals: Sequence[int]) -> Plan:
         """The same samples in the same order, with an input shard ending wherever so many samples are behind.
 
-        Bundles of files and ranges of idx archives are cut in two there; tars never are. So a corpus that has grown is cut like the
-        corpus of before, whose last bundle was not full.
+        So a corpus that has grown is cut like the corpus of before, whose last bundle was not full.
         """
         shards: list[InputShard] = []
         behind = 0
         for shard in self.shards:
             cuts = sorted({total - behind for total in totals if 0 < total - behind < shard.num_samples})
-            if shard.kind == "tar" or (not cuts and shard.index == len(shards)):
+            if not cuts and shard.index == len(shards):
                 shards.append(shard)
             else:
                 for start, stop in pairwise([0, *cuts, shard.num_samples]):
                     shards.append(_part(shard, len(shards), start, stop))
             behind += shard.num_samples
         return replace(self, shards=tuple(shards))
+
+    def first_samples(self, number: int) -> Plan:
+        """The plan of the first so many samples; the same one when it has no more."""
+        if number >= self.num_samples:
+            return self
+        cut = self.cut_at([number])
+        ends = list(accumulate(shard.num_samples for shard in cut.shards))
+        corpus = f"{self.corpus} (its first {number:,} samples)"
+        return replace(cut.first(ends.index(number) + 1), corpus=corpus)
 
 
 def plan_corpus(corpus: str, progress: Callable[[int, int], None] | None = None) -> Plan:
@@ -195,6 +214,8 @@ def plan_corpus(corpus: str, progress: Callable[[int, int], None] | None = None)
 
 def _plan_folder(corpus: str, progress: Callable[[int, int], None] | None) -> Plan:
     root = Path(corpus).absolute()
+    if kind_of(root):  # the pictures in it are no corpus
+        raise CorpusError(f"{corpus}: not a corpus: {held_by(Path(corpus))}. A corpus is {FORMS}.")
     scan = scan_folder(root)
     if scan.tars and not scan.images:
         return _plan_tars(corpus, [str(root / file.path) for file in scan.tars], scan.skipped, progress)
@@ -300,11 +321,16 @@ def _idx_range(index: int, files: IdxFiles, start: int, stop: int) -> InputShard
 
 
 def _part(shard: InputShard, index: int, start: int, stop: int) -> InputShard:
-    """Samples start..stop-1 of an input shard that is no tar."""
+    """Samples start..stop-1 of an input shard."""
     match shard.content:
         case FileBundle(root=root, files=files):
             return _bundle(index, root, files[start:stop])
         case IdxRange(files=files, start=first):
             return _idx_range(index, files, first + start, first + stop)
-        case TarFile():
-            raise AssertionError("tars are not cut")
+        case TarFile() if (start, stop) == (0, shard.num_samples):
+            return replace(shard, index=index)
+        case TarFile(path=path, start=first, whole=whole):
+            whole, first, last = whole or shard, first + start, first + stop
+            before, behind = (whole.num_bytes * place // whole.num_samples for place in (first, last))
+            name = f"{whole.name}[{first}:{last}]"
+            return InputShard(index, name, stop - start, behind - before, TarFile(path, first, whole))

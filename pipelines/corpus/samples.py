@@ -7,8 +7,9 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import BinaryIO, TypeVar
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,8 @@ from pipelines.corpus.names import text_of
 from pipelines.corpus.plan import FileBundle, IdxRange, ImageFile, InputShard, TarFile
 from pipelines.corpus.problems import CorpusError, Problem, Reason
 
+OPEN_TARS = 32  # kept open between samples
+READ_AHEAD = 1 << 15  # bytes; what is larger is read where it belongs, not copied there
 MAX_LABEL = 2**63 - 1  # labels are stored as int64, and -1 means none
 Row = TypeVar("Row")
 _INTEGER = re.compile(r"[+-]?[0-9]{1,20}")
@@ -98,9 +101,9 @@ def load_sample(shard: InputShard, ref: SampleRef) -> RawSample:
     if ref.problem is not None:
         return RawSample(ref.key, ref.source, ref.index, problem=ref.problem)
     match shard.content:
-        case TarFile(path=path):
+        case TarFile(path=path, whole=whole):
             assert isinstance(ref.place, TarSample)
-            return _load_from_tar(shard, path, ref.place)
+            return _load_from_tar(whole or shard, path, ref.place)
         case FileBundle(root=root):
             assert isinstance(ref.place, ImageFile)
             return _load_file(root, ref.place, ref)
@@ -139,20 +142,21 @@ def _walk_tar(
 ) -> Iterator[Row]:
     """Walks a tar and fills up with `unreadable` rows what it was planned with and no longer holds."""
     assert isinstance(shard.content, TarFile)
+    whole, first = shard.content.whole or shard, shard.content.start
     index = start
     detail = "the tar has changed since the corpus was planned"
     try:
-        with open(shard.content.path, "rb", buffering=1 << 17) as file:
-            _require_size(file.fileno(), shard)
-            for sample in walk_samples(file, Tally(), start, load):
+        with open(shard.content.path, "rb", buffering=READ_AHEAD) as file:
+            _require_size(file.fileno(), whole)
+            for sample in walk_samples(file, Tally(), first + start, load):
                 if index == shard.num_samples:
                     break
-                yield convert(shard, sample)
+                yield convert(whole, replace(sample, index=index) if first else sample)
                 index += 1
     except OSError as error:
         detail = error.strerror or str(error)
     for missing in range(index, shard.num_samples):
-        yield convert(shard, TarSample(f"#{missing}", missing, problem=Problem(Reason.UNREADABLE, detail)))
+        yield convert(whole, TarSample(f"#{first + missing}", missing, problem=Problem(Reason.UNREADABLE, detail)))
 
 
 def _require_size(descriptor: int, shard: InputShard) -> None:
@@ -167,10 +171,12 @@ def _tar_ref(shard: InputShard, sample: TarSample) -> SampleRef:
 
 def _load_from_tar(shard: InputShard, path: str, sample: TarSample) -> RawSample:
     try:
-        with open(path, "rb", buffering=0) as file:
-            _require_size(file.fileno(), shard)
-            image, label = _pread(file, sample.image), _pread(file, sample.label)
-            caption, text = _pread(file, sample.caption), _pread(file, sample.json)
+        there = os.stat(path)
+        opened = _opened(path, there.st_dev, there.st_ino)  # held while it is read, so that it stays open
+        file = opened.descriptor
+        _require_size(file, shard)
+        image, label = _pread(file, sample.image), _pread(file, sample.label)
+        caption, text = _pread(file, sample.caption), _pread(file, sample.json)
     except OSError as error:
         return RawSample(
             sample.key, shard.name, sample.index, problem=Problem(Reason.UNREADABLE, error.strerror or str(error))
@@ -178,10 +184,27 @@ def _load_from_tar(shard: InputShard, path: str, sample: TarSample) -> RawSample
     return _from_tar(shard, TarSample(sample.key, sample.index, image, label, caption, text))
 
 
-def _pread(file: BinaryIO, part: Part | None) -> Part | None:
+class _OpenFile:
+    """A file open for reading at any place, by any thread; closed when nobody holds it any more."""
+
+    def __init__(self, path: str) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+@lru_cache(maxsize=OPEN_TARS)  # a sample of small images is read faster than its tar is opened
+def _opened(path: str, device: int, inode: int) -> _OpenFile:
+    """The file that is there now; another one in its place is opened anew."""
+    return _OpenFile(path)
+
+
+def _pread(descriptor: int, part: Part | None) -> Part | None:
     if part is None:
         return None
-    data = os.pread(file.fileno(), part.size, part.offset)
+    data = os.pread(descriptor, part.size, part.offset)
     if len(data) < part.size:
         raise OSError("the tar ends too early")
     return Part(part.offset, part.size, data)

@@ -286,6 +286,8 @@ def test_threads_give_the_same_pixels(make_picture: Callable[..., bytes]) -> Non
         {"size": 0},
         {"channels": 2},
         {"crop": "left"},
+        {"fit": "stretch"},
+        {"max_memory_bytes": 1},
         {"max_pixels": 0},
         {"max_pixels": 10**9},
         {"background": (0, 0, 256)},
@@ -306,3 +308,50 @@ def test_the_record_says_all_that_shapes_pixels() -> None:
     assert record["max_pixels"] == MAX_PIXELS
     assert PIL.__version__ in record["decoder"]
     assert "bicubic" in record["interpolation"]
+
+
+@pytest.mark.parametrize(("height", "width"), [(8, 4), (4, 8), (8, 5), (30, 60)])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_pad_shows_the_whole_image_in_the_middle(height: int, width: int, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = noise(height, width)
+    padded = Preprocessing(8, fit="pad", background=(1, 2, 3))
+    data = encode(Image.fromarray(pixels), exif=exif)
+    found = decode_image(data, padded).pixels
+    small = np.asarray(Image.fromarray(pixels).resize((width * 8 // max(height, width), height * 8 // max(height, width)), Image.Resampling.BICUBIC))  # fmt: skip
+    expected = np.empty((8, 8, 3), np.uint8)
+    expected[:] = (1, 2, 3)
+    top, left = (8 - small.shape[0]) // 2, (8 - small.shape[1]) // 2
+    expected[top : top + small.shape[0], left : left + small.shape[1]] = small
+    expected = np.rot90(expected, -1) if orientation == 6 else expected
+    if (8 - small.shape[0]) % 2 == (
+        8 - small.shape[1]
+    ) % 2 == 0 or orientation == 1:  # else its middle is a pixel aside
+        assert np.abs(found.transpose(1, 2, 0).astype(int) - expected).max() <= 1
+    if orientation == 1:
+        assert np.array_equal(prepare_array(pixels, padded).pixels, found)
+    assert np.array_equal(decode_image(data, padded, View(0.9)).pixels, found)
+    assert padded.to_dict()["fit"] == "pad"
+
+
+def test_the_kind_of_a_file_is_told() -> None:
+    kinds = {"JPEG L": ("L", "JPEG"), "PNG RGBA": ("RGBA", "PNG"), "GIF P": ("P", "GIF"), "TIFF CMYK": ("CMYK", "TIFF")}
+    for kind, (mode, form) in kinds.items():
+        assert decode_image(encode(Image.new(mode, (8, 8)), form), SAME).kind == kind
+
+
+def test_the_resize_is_pillows_within_65_decibels() -> None:
+    y, x = np.mgrid[:375, :500]
+    waves = np.stack([128 + 60 * np.sin(x / 9 + y / 31) + 30 * np.sin(x * y / 4000) + 9 * c for c in range(3)], -1)
+    data = encode(Image.fromarray((waves + noise(375, 500) / 32).astype(np.uint8)), "JPEG", quality=90)
+    image = Image.open(io.BytesIO(data)).crop((62, 0, 437, 375))
+    expected = np.asarray(image.resize((256, 256), Image.Resampling.BICUBIC), np.float64)
+    found = decode_image(data, Preprocessing(256)).pixels.transpose(1, 2, 0)
+    assert 10 * np.log10(255**2 / np.mean((found - expected) ** 2)) >= 65
+
+
+def test_large_images_are_cut_out_in_bands() -> None:
+    pixels = noise(2400, 2500)  # more than one block of Pillow's memory
+    found = decode_image(encode(Image.fromarray(pixels), "BMP"), Preprocessing(2400)).pixels
+    assert np.array_equal(found, pixels[:, 50:2450].transpose(2, 0, 1))

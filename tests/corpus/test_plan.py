@@ -185,6 +185,7 @@ def test_what_changes_after_planning_is_a_row(folder: Path, shards: Path) -> Non
         ("{tmp}/y*.tar", "nothing matches"),
         ("{tmp}/{{0.tar", "never closed"),
         ("{tmp}/empty", "no sample in it"),
+        ("{tmp}/tok", "tok: not a corpus: it holds a tokenizer. A corpus is a folder of images"),
         ("{tmp}/text", r"passed over: 1 x not an image: \.txt, 1 x packed tar: \.tar\.gz"),
         ("{tmp}/text/a.txt", "not a .tar"),
         ("{tmp}/{{empty,text}}", "is a folder"),
@@ -203,6 +204,9 @@ def test_errors_say_what_to_do(tmp_path: Path, corpus: str, message: str) -> Non
     (tmp_path / "text" / "a.txt").touch()
     (tmp_path / "text" / "b.tar.gz").touch()
     (tmp_path / "z.tar").write_bytes(bytes(10240))
+    (tmp_path / "tok").mkdir()
+    for name in ("tokenizer.safetensors", "reconstructions.png"):
+        (tmp_path / "tok" / name).touch()
     with pytest.raises(CorpusError, match=message):
         plan_corpus(corpus.format(tmp=tmp_path))
     assert issubclass(CorpusError, CodesError)
@@ -302,6 +306,38 @@ def test_a_corpus_that_has_grown_is_cut_like_the_one_before(tmp_path: Path, idx:
     assert ranges.digest_of_first(3) == plan_corpus(idx_corpus(idx, "train")).cut_at([100]).digest
 
 
-def test_tars_are_not_cut(shards: Path) -> None:
+def test_tars_are_cut_too(shards: Path) -> None:
     plan = plan_corpus(str(shards))
-    assert plan.cut_at([5, 10, 17]) == plan
+    cut = plan.cut_at([5, 10, 17])
+    assert [(shard.name, shard.num_samples) for shard in cut.shards] == [
+        ("000000.tar[0:5]", 5), ("000000.tar[5:10]", 5), ("000001.tar[0:7]", 7), ("000001.tar[7:10]", 3), ("000002.tar", 10),
+    ]  # fmt: skip
+    assert [shard.index for shard in cut.shards] == [0, 1, 2, 3, 4]
+    assert cut.num_bytes == plan.num_bytes
+    assert plan.cut_at([10]) == plan
+    assert cut.digest == plan.cut_at([5]).cut_at([5, 10, 17]).digest
+    whole, parts = read_all(plan), read_all(cut)
+    assert [(row.key, row.source, row.image, row.label) for row in parts] == [
+        (row.key, row.source, row.image, row.label) for row in whole
+    ]
+    assert [row.index for row in parts] == [*range(5), *range(5), *range(7), *range(3), *range(10)]
+    part = cut.shards[1]
+    assert [row.key for row in read_samples(part, start=2)] == [row.key for row in whole[7:10]]
+    assert [load_sample(part, ref).image for ref in list_samples(part)] == [row.image for row in whole[5:10]]
+    (shards / "000000.tar").write_bytes(bytes(10240))
+    gone = list(read_samples(part))
+    assert [(row.key, row.source, row.index) for row in gone][:2] == [("#5", "000000.tar", 0), ("#6", "000000.tar", 1)]
+    assert {row.problem and row.problem.reason for row in gone} == {Reason.UNREADABLE}
+
+
+def test_the_first_samples_are_the_beginning_of_any_longer_plan(shards: Path, idx: Path) -> None:
+    for corpus in (str(shards), idx_corpus(idx)):
+        plan = plan_corpus(corpus)
+        keys = [row.key for row in read_all(plan)]
+        for number in (1, 7, 10, 25):
+            first = plan.first_samples(number)
+            assert (first.num_samples, [row.key for row in read_all(first)]) == (number, keys[:number])
+            assert first.corpus == f"{corpus} (its first {number} samples)"
+            assert plan.cut_at([number]).digest_of_first(len(first.shards)) == first.digest
+            assert plan.first_samples(number + 2).cut_at([number]).digest_of_first(len(first.shards)) == first.digest
+        assert plan.first_samples(plan.num_samples) is plan

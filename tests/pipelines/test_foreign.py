@@ -314,6 +314,19 @@ def test_results_are_looked_at_and_errors_told(write_module: Callable[..., str])
     assert again.to("cpu") is again
 
 
+def test_the_scale_of_black_images_is_looked_at_once(
+    write_module: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load_module(write_module("foreign_dark"))
+    encoded: list[int] = []
+    inner: Any = model._model
+    monkeypatch.setattr(inner, "encode", lambda images, real=inner.encode: encoded.append(len(images)) or real(images))
+    black = {"top": torch.zeros(3, 2, 2, dtype=torch.int64), "bottom": torch.zeros(3, 4, 4, dtype=torch.int64)}
+    for _ in range(2):
+        assert not model.decode(black).any()
+    assert encoded == [1], "one white image"
+
+
 def test_check_tokenizer_prints_each_check(
     write_module: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:

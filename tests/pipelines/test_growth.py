@@ -162,3 +162,55 @@ def test_a_folder_that_grows_is_appended(
     (corpus / "029.png").unlink()
     assert run(*command) == 2
     assert "more than this corpus: 30 samples, here are 29" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_limit_takes_the_first_samples_and_a_larger_one_appends(
+    scenes: str, tokenizer_folder: Path, reference: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = tmp_path / "codes.zarr"
+    command = (
+        "tokenize",
+        scenes,
+        "--tokenizer",
+        tokenizer_folder,
+        "--out",
+        store,
+        "--workers",
+        "1",
+        "--shard-rows",
+        20,
+    )
+    assert run(*command, "--limit", 130, "--dry-run", "--json") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["samples"] == 130
+    whole = vqmill.open_codes(reference)
+    for number, words, segments in (
+        (130, (130,), [130]),
+        (130, (130,), [130]),
+        (170, (170,), [130, 170]),
+        (300, (), [130, 170, 300]),
+    ):
+        assert run(*command, *(("--limit", *words) if words else ())) == 0
+        codes = vqmill.open_codes(store)
+        assert [segment.num_samples for segment in codes.spec.segments] == segments
+        assert codes.sample_keys() == whole.sample_keys()[:number]
+        assert codes.labels.tolist() == whole.labels[:number].tolist()
+        assert (codes["bottom"][:] == whole["bottom"][:number]).mean() > 0.99, "batches end elsewhere"
+        assert (" (its first 130 samples)" in codes.spec.corpus["description"]) == (number == 130)
+        assert verify_store(store).problems == ()
+    assert "appended: 130 rows, behind the 170 of before" in capsys.readouterr().out
+    assert run(*command, "--limit", 170) == 2
+    assert "300 samples, here are 170; name the whole corpus, and no smaller --limit" in capsys.readouterr().err
+    assert run(*command, "--limit", 0) == 2
+    assert "--limit must be at least 1, got 0" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_originals_of_a_limited_store_are_found_in_the_whole_corpus(
+    scenes: str, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "codes.zarr"
+    assert (
+        run("tokenize", scenes, "--tokenizer", tokenizer_folder, "--out", store, "--workers", "1", "--limit", 110) == 0
+    )
+    assert run("decode", store, "--rows", "98:104", "--originals", scenes, "--out", tmp_path / "x.png") == 0

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 
+from pipelines.cli import train_tokenizer
+from pipelines.cli_priors import train_prior
 from pipelines.fit import FitConfig
 from pipelines.precision import native_bf16, resolved
 from pipelines.recipes import PRIOR_RECIPES, TOKENIZER_RECIPES, fit_config, level_fits, read_tables, shortened
@@ -31,10 +34,15 @@ def test_short_runs_warm_up_shortly() -> None:
 
 
 def test_what_a_short_run_has_cut_is_told_in_one_line() -> None:
-    assert shortened(50, warmup_steps=(100, 5), start_step=(50, 6)) == [
-        "a short run, of 50 steps: warmup_steps is 5 instead of 100, start_step is 6 instead of 50 (--config can set them)"
+    short, long = fit_config(RECIPE, {}, {"steps": 50}), fit_config(RECIPE, {}, {"steps": 5000})
+    warmup = f"a short run, of 50 steps: warmup_steps is 5 instead of {RECIPE.warmup_steps}"
+    assert shortened(RECIPE, {}, short) == [f"{warmup} (--config can set it)"]
+    assert shortened(RECIPE, {}, short, start_step=(50, 6)) == [
+        f"{warmup}, start_step is 6 instead of 50 (--config can set them)"
     ]
-    assert shortened(50, warmup_steps=(5, 5), start_step=(0, 0)) == []
+    assert shortened(RECIPE, {}, long, start_step=(0, 0)) == []
+    table = {"warmup_steps": 20}
+    assert shortened(RECIPE, table, fit_config(RECIPE, table, {"steps": 50})) == [], "as the table says"
 
 
 @pytest.mark.parametrize(
@@ -46,6 +54,15 @@ def test_files_that_are_not_understood_are_refused(tmp_path: Path, content: str,
     path.write_text(content)
     with pytest.raises(UsageError, match=message):
         read_tables(path, ("tokenizer", "fit"))
+
+
+@pytest.mark.parametrize("table", ["tokenizer", "prior", "prior.bottom"])
+def test_a_setting_of_the_training_in_another_table_is_sent_to_its_own(tmp_path: Path, table: str) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(f"[{table}]\nsteps = 100\n")
+    message = rf"\[{table}\] steps is a setting of the training; write it into the table \[fit\]\."
+    with pytest.raises(UsageError, match=message):
+        read_tables(path, ("tokenizer", "prior", "fit"))
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
@@ -65,6 +82,18 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
 def test_bad_keys_and_values_are_refused(table: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         fit_config(RECIPE, table, {})
+
+
+@pytest.mark.parametrize(("command", "recipes"), [(train_tokenizer, TOKENIZER_RECIPES), (train_prior, PRIOR_RECIPES)])
+def test_help_says_what_presets_train_for(command: Callable[..., int], recipes: dict[str, FitConfig]) -> None:
+    found = [line.strip() for line in (command.__doc__ or "").splitlines() if line.strip().startswith("|")]
+    images = [name for name in recipes if not name.startswith("video")]  # which alone can be trained so far
+    rows = [
+        f"| {name} | {fit.steps:,} | {fit.batch_size} | {fit.learning_rate:g} | {fit.precision} |"
+        for name, fit in recipes.items()
+        if name in images
+    ]
+    assert found[2:] == rows
 
 
 def test_a_level_has_values_of_its_own_under_the_flags() -> None:

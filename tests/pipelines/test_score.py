@@ -18,13 +18,14 @@ from PIL import Image
 import priors
 import tokenizer
 from pipelines.cli import app
-from pipelines.pictures import GAP, MARGIN, TITLE, Panel, code_colours, side_by_side
-from pipelines.surprise import ends, heat, z_scores
+from pipelines.pictures import GAP, LINE, MARGIN, TITLE, Panel, code_colours, side_by_side
+from pipelines.prior_inputs import split_rows
+from pipelines.surprise import bits_bar, ends, heat, z_scores
 from priors.level import inference
 from priors.likelihood import level_nats
 from tokenizer.protocol import level_specs
 from vqmill import Codes, open_codes
-from vqmill.spec import LevelSpec
+from vqmill.spec import LevelSpec, Segment
 
 FINGERPRINT = "0" * 32  # of the stores that `make_store` makes
 TWO_LEVELS = (priors.LevelShape("top", 512, (2, 3)), priors.LevelShape("bottom", 200, (4, 6)))
@@ -79,8 +80,11 @@ def test_figures_are_those_of_a_direct_computation(
     expected = {name: values.numpy() for name, values in priors.score(model, batch).items()}
     bits = expected["top"] + expected["bottom"]
     table = pq.read_table(out / "scores.parquet").to_pydict()
-    names = ["row", "key", "label", "bits", "bits_per_code", "z", "label_z", "top/bits", "bottom/bits"]
-    assert list(table) == names
+    figures = ["bits", "bits_per_code", "z", "label_z", "trained_on_z", "top/bits", "bottom/bits"]
+    assert list(table) == ["row", "key", "label", "trained_on", *figures]
+    assert set(table["trained_on"]) == set(table["trained_on_z"]) == {None}
+    assert "which rows it was trained on is not known: nothing beside the prior says" in printed
+    assert "trained on or not" not in printed
     assert table["row"] == list(range(chosen.start, chosen.stop))
     assert table["key"] == codes.sample_keys()[chosen]
     assert table["label"] == [None if row % 4 == 3 else row % 4 for row in table["row"]]
@@ -129,8 +133,12 @@ def test_figures_are_those_of_a_direct_computation(
     assert [entry["row"] for entry in record["most_likely"]] == (order[::-1][:8] + chosen.start).tolist()[
         : len(bits) // 2
     ]
+    words = {0: ", label 0 (cat)", 1: ", label 1 (dog)", 2: ", label 2", -1: ""}
     for entry in record["least_likely"][:5]:
-        assert f"row {entry['row']}: {table['key'][entry['row'] - chosen.start]}" in printed
+        bits = f": {entry['bits']:,.1f} bits"
+        assert (
+            f"row {entry['row']}: {table['key'][entry['row'] - chosen.start]}{words[entry['label']]}{bits}" in printed
+        )
 
 
 def test_of_fewer_codes_for_baselines_the_record_says_so(
@@ -222,7 +230,7 @@ REFUSED = {
     ),
     "num": (toy, {}, ("--num", "0"), "--num must lie in 1..1,024, got 0."),
     "batch_size": (toy, {}, ("--batch-size", "0"), "--batch-size must be at least 1, got 0."),
-    "rows": (toy, {}, ("--rows", "30:"), "no rows there; the store has rows 0:21."),
+    "rows": (toy, {}, ("--rows", "20:30"), "--rows 20:30: rows 21:30 are not there; the store has rows 0:21."),
     "no_tokenizer_there": (toy, {}, ("--tokenizer", "nowhere"), "nowhere"),
 }  # fmt: skip
 
@@ -238,6 +246,59 @@ def test_what_does_not_fit_is_refused_before_anything_is_made(
     assert run("score", prior, store, "--out", tmp_path / "scores", *words) == 2
     assert message.format(prior=prior) in capsys.readouterr().err
     assert not list(tmp_path.glob("scores*"))
+
+
+def test_rows_that_were_trained_on_are_told_apart(
+    make_store: Any, stores: Any, tmp_path: Path, no_fsync: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = replace(stores.two_levels, segments=(Segment("plan", 0, 0, 5, 40),))
+    store, prior, out = make_store(tmp_path / "codes.zarr", 40, spec=spec), tmp_path / "prior", tmp_path / "scores"
+    flags = ("--preset", "pixelcnn-tiny", "--steps", "1", "--holdout", "0.3")
+    assert run("train-prior", store, "--out", prior, *flags) == 0
+    capsys.readouterr()
+    assert run("score", prior, store, "--out", out) == 0
+    printed = capsys.readouterr().out
+    table = pq.read_table(out / "scores.parquet").to_pydict()
+    kept = split_rows(open_codes(store), 0.3)[0]
+    trained = np.isin(np.arange(40), kept)
+    assert table["trained_on"] == trained.tolist()
+    bits, z = np.array(table["bits"]), np.array(table["z"])
+    record = json.loads((out / "score.json").read_bytes())
+    assert [side["trained_on"] for side in record["training"]] == [False, True]
+    for side, here, words in zip(
+        record["training"], (~trained, trained), ("not trained on", "trained on"), strict=True
+    ):
+        assert side["rows"] == here.sum()
+        assert (side["bits"], side["z"]) == pytest.approx((bits[here].mean(), z[here].mean()))
+        by_hand = (bits[here] - bits[here].mean()) / bits[here].std()
+        np.testing.assert_allclose(np.array(table["trained_on_z"])[here], by_hand, atol=1e-6)
+        assert f"  {words}: {here.sum()} rows, {side['bits_per_code']:.3f} bits per code" in printed
+    for entry in record["least_likely"]:
+        assert entry["trained_on"] == trained[entry["row"]]
+    first = record["least_likely"][0]
+    assert f", {'trained on' if first['trained_on'] else 'not trained on'}: {first['bits']:,.1f} bits" in printed
+
+
+def test_other_class_names_in_the_store_are_warned_of(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for names, said in ((["cat", "fox", "owl"], True), (["cat", "", "owl"], False), ([], False)):
+        priors.save(priors.Prior(toy().config, names).eval(), tmp_path / "prior")
+        assert run("score", tmp_path / "prior", store, "--out", tmp_path / f"scores-{len(names)}-{said}") == 0
+        warning = (
+            f"warning: label 1 is 'dog' in {store} and 'fox' to {tmp_path / 'prior'}; so it is with 1 of 3 classes."
+        )
+        assert (warning in capsys.readouterr().out) == said
+
+
+def test_without_names_in_the_store_classes_have_the_priors(
+    make_store: Any, stores: Any, tmp_path: Path, no_fsync: None
+) -> None:
+    store = make_store(tmp_path / "codes.zarr", 8, spec=replace(stores.two_levels, corpus={}))
+    priors.save(priors.Prior(toy().config, ["cat", "fox"]).eval(), tmp_path / "prior")
+    assert run("score", tmp_path / "prior", store, "--out", tmp_path / "scores") == 0
+    record = json.loads((tmp_path / "scores" / "score.json").read_bytes())
+    assert {entry["label"]: entry["name"] for entry in record["labels"]} == {-1: "", 0: "cat", 1: "fox", 2: ""}
 
 
 def test_only_the_rows_that_are_read_need_known_labels(store: Path, tmp_path: Path) -> None:
@@ -303,9 +364,9 @@ def test_a_stopped_run_is_made_anew_and_whole(
         assert path.is_dir() or name.name == "run.json" or path.read_bytes() == made[1][name].read_bytes()
 
 
-def tile(picture: Image.Image, left: int, index: int, columns: int, side: int) -> np.ndarray[Any, Any]:
-    """Pixels [side, side, 3] of one tile of the panel that begins at `left`."""
-    x, y = left + index % columns * (side + GAP), MARGIN + TITLE + index // columns * (side + GAP)
+def tile(picture: Image.Image, left: int, index: int, columns: int, side: int, top: int = 0) -> np.ndarray[Any, Any]:
+    """Pixels [side, side, 3] of one tile of the panel that begins at `left`, in the sheet that begins at `top`."""
+    x, y = left + index % columns * (side + GAP), top + MARGIN + TITLE + index // columns * (side + 2 * LINE + GAP)
     return np.asarray(picture)[y : y + side, x : x + side]
 
 
@@ -316,19 +377,22 @@ def test_without_a_tokenizer_the_picture_shows_codes_and_where_their_bits_are(
     assert run("score", prior, store, "--out", out, "--num", "5") == 0
     assert "the picture shows codes as colours, not images:" in capsys.readouterr().out
     picture = Image.open(out / "least_and_most_likely.png")
-    wide = columns * (side + GAP) - GAP
-    assert picture.size == (8 * (wide + MARGIN) + MARGIN, TITLE + 2 * MARGIN + 2 * (side + GAP) - GAP)
+    wide, tall = columns * (side + GAP) - GAP, TITLE + 2 * MARGIN + 2 * (side + 2 * LINE + GAP) - GAP
+    bar = bits_bar()
+    assert picture.size == (4 * (wide + MARGIN) + MARGIN, 2 * tall + bar.height)
+    foot = picture.crop((0, 2 * tall, bar.width, picture.height))
+    np.testing.assert_array_equal(np.asarray(foot), np.asarray(bar))
+    assert len(np.unique(np.asarray(bar)[0, MARGIN:-MARGIN], axis=0)) > 200, "of many colours"
     record, codes = json.loads((out / "score.json").read_bytes()), open_codes(store)
     maps = zarr.open_group(out / "maps.zarr", mode="r")
-    for start, end in ((0, "least_likely"), (4, "most_likely")):
+    for sheet, end in ((0, "least_likely"), (1, "most_likely")):
         for index, entry in enumerate(record[end]):
             for panel, name in enumerate(("top", "bottom")):
                 painted = code_colours(codes[name][[entry["row"]]], side)[0].transpose(1, 2, 0)
                 warm = heat(np.asarray(maps[name][entry["row"]])[None], side)[0].transpose(1, 2, 0)
-                for place, wanted in ((start + panel, painted), (start + 2 + panel, warm)):
-                    np.testing.assert_array_equal(
-                        tile(picture, MARGIN + place * (wide + MARGIN), index, columns, side), wanted
-                    )
+                for place, wanted in ((panel, painted), (2 + panel, warm)):
+                    left = MARGIN + place * (wide + MARGIN)
+                    np.testing.assert_array_equal(tile(picture, left, index, columns, side, sheet * tall), wanted)
 
 
 @pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "flag"])

@@ -26,9 +26,11 @@ from pipelines.encoder import Encoding
 from pipelines.errors import RunFailed
 from pipelines.foreign import packed
 from pipelines.tokenize import TokenizeOptions, TokenizeResult, tokenize_corpus
+from pipelines.tokenize_command import next_command
 from vqmill.commits import Cursor
 from vqmill.errors import UsageError
 from vqmill.layout import group_metadata
+from vqmill.spec import LevelSpec
 from vqmill.verify import verify_store
 
 OPTIONS = TokenizeOptions(size=16, rows_per_shard=20)  # as the `reference` of conftest.py is made
@@ -329,3 +331,9 @@ def test_killed_jobs_end_as_a_quiet_one(reference: Path, scenes: str, tokenizer_
         path = out / f"bottom/c/{shard}/0/0"
         assert written.get(path) == path.stat().st_mtime_ns, "what was committed was written again"
     assert tree(out) == tree(reference)
+
+
+def test_the_next_command_is_one_that_takes_the_store() -> None:
+    flat, residual = LevelSpec("codes", 9, (2, 2)), LevelSpec("codes", 9, (4, 2, 2), "depth")
+    assert next_command(Path("c.zarr"), [flat]) == "vqmill train-prior c.zarr --out DIR"
+    assert next_command(Path("c.zarr"), [residual]) == "vqmill inspect c.zarr"

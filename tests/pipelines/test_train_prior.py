@@ -90,13 +90,14 @@ def test_levels_by_themselves_give_the_same_prior(
     assert not out.exists()
     assert run("inspect", f"{out}.partial") == 0
     assert "an unfinished run of train-prior" in (said := capsys.readouterr().out)
-    assert "levels that are trained: bottom" in said
+    assert "level bottom: trained, " in said
     assert run("train-prior", store, "--out", out, "--level", "bottom", *FLAGS) == 0, "again is no harm"
     assert run("train-prior", store, "--out", out, "--level", "top", *FLAGS) == 0
     assert run("inspect", out) == 0
     assert "level bottom: 4x6 codes of 200; kind pixelcnn, depth 32, num_layers 4" in capsys.readouterr().out
     whole, parts = (json.loads((tmp_path / name / "run.json").read_bytes()) for name in ("all", "each"))
     assert whole["fingerprint"] == parts["fingerprint"]
+    assert priors.load(out).class_names == ("cat", "dog"), "of the store"
     assert whole["evaluation"] == parts["evaluation"]
     assert run("train-prior", store, "--out", store / "x", *FLAGS) == 2
     assert f"lies inside the store {store}" in capsys.readouterr().err
@@ -190,11 +191,26 @@ def test_options_of_drawing_reach_the_codes(trained: Path, tokenizer_folder: Pat
             ("--complete", "STORE", "--keep", 0.1),
             "would keep 0 of the 2 rows of level 'top', so that nothing is left to keep",
         ),
-        (("--seed", -1), "seed: expected a whole number"),
+        (("--seed", -1), "--seed: expected a whole number"),
         (("--complete", "STORE", "--rows", "400:"), "no rows there"),
+        (("--complete", "STORE", "--rows", "290:310"), "rows 300:310 are not there; the store has rows 0:300"),
         (("--complete", "OTHER"), "models the codes of tokenizer"),
-        (("--guidance", 2), "give every sample a label"),
-        (("--top-p", 0), "top_p"),
+        (
+            ("--guidance", 2),
+            "--guidance: would compare a class to any class, so every sample needs a class, not -1: give --label.",
+        ),
+        (("--candidates", 2), "--candidates: would compare"),
+        (("--guidance", 2, "--candidates", 2), "--guidance and --candidates: would compare"),
+        (("--top-p", 0), "--top-p: expected a probability"),
+        (("--top-k", -1), "--top-k: expected a whole number"),
+        (("--temperature", -1), "--temperature: expected a number"),
+        (("--candidates", 0), "--candidates: expected at least 1"),
+        (
+            ("--candidates", 2, "--temperature", 0),
+            "--candidates 2 with --temperature 0: all of them would be the same. Raise --temperature.",
+        ),
+        (("--batch-size", 0), "--batch-size: expected at least 1, found 0."),
+        (("--label", "cat"), "expected a class number 0..3, or each. This prior has no names for its classes"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else None,
 )

@@ -100,13 +100,40 @@ def test_sampling_leaves_mode_and_global_randomness_alone(toy):
         ({"seed": -1}, "seed"),
         ({"labels": torch.tensor([0, 3])}, r"expected 0\.\.2 .*found 3"),
         ({"labels": torch.tensor([-2, 0])}, "found -2"),
-        ({"labels": torch.tensor([0])}, "expected 2 whole numbers"),
-        ({"labels": torch.tensor([0.5, 1.0])}, "whole numbers"),
+        ({"labels": torch.tensor([0])}, r"one class number for all, or 2 whole numbers, found \[1\]"),
+        ({"labels": [1, 2, 0]}, r"one class number for all, or 2 whole numbers, found \[3\]"),
+        ({"labels": torch.tensor([0.5, 1.0])}, r"whole numbers, found torch\.float32 \[2\]"),
+        ({"labels": np.array([0.5, 1.0])}, r"whole numbers, found float64 \[2\]"),
+        ({"labels": [[1], [1, 2]]}, "whole numbers, found"),
+        ({"labels": "cat"}, "whole numbers, found <U3"),
+        ({"labels": [True, False]}, "whole numbers, found bool"),
+        ({"labels": [0, None]}, "whole numbers, found object"),
+        ({"labels": 3}, r"expected 0\.\.2 .*found 3"),
+        ({"labels": [0, 3]}, r"expected 0\.\.2 .*found 3"),
+        ({"given": {"top": 3}}, r"expected whole numbers \[2, 2, 2\], found \[\]"),
     ],
 )
 def test_bad_arguments_are_refused(toy, arguments, message):
     with pytest.raises(CodesError, match=message):
         sample(toy, **({"num": 2} | arguments))
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [2, np.int64(2), torch.tensor(2), [2, 2, 2], (2, 2, 2), np.array([2, 2, 2], np.uint16), torch.tensor([2, 2, 2], dtype=torch.uint8)],
+    ids=lambda value: f"{type(value).__name__}_{np.ndim(value)}",
+)  # fmt: skip
+def test_labels_may_come_as_any_kind_of_whole_numbers(toy, labels):
+    expected = sample(toy, 3, torch.tensor([2, 2, 2]), seed=1, batch_size=2)
+    found = sample(toy, 3, labels, seed=1, batch_size=2)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert not torch.equal(expected["bottom"], sample(toy, 3, seed=1)["bottom"])
+
+
+def test_given_codes_may_come_as_an_array(toy):
+    top = np.array([[[1, -1], [2, 0]]], np.int8)
+    found = sample(toy, 1, 0, given={"top": top})["top"].numpy()
+    assert (found[top >= 0] == [1, 2, 0]).all()
 
 
 def test_labels_for_a_prior_without_labels_are_refused():

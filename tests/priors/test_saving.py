@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from priors import load, save
+from priors import Prior, load, save
 from priors.level import inference
 from vqmill.checkpoint import load_checkpoint, save_checkpoint
 from vqmill.errors import CodesError
@@ -34,13 +34,39 @@ def test_the_fingerprint_follows_the_weights(toy):
     assert toy.fingerprint != before
 
 
+def test_class_names_are_kept_and_are_no_part_of_the_fingerprint(toy, tmp_path):
+    named = Prior(toy.config, ["cat", ""])
+    named.load_state_dict(toy.state_dict())
+    assert named.fingerprint == toy.fingerprint
+    save(named, tmp_path)
+    assert load(tmp_path).class_names == ("cat", "")
+    assert load(save(toy, tmp_path)).class_names == ()
+
+
+def test_files_of_before_class_names_load(toy, tmp_path):
+    file = save(toy, tmp_path)
+    tensors, metadata = load_checkpoint(file)
+    save_checkpoint(file, tensors, {name: value for name, value in metadata.items() if name != "class_names"})
+    again = load(file)
+    assert (again.class_names, again.fingerprint) == ((), toy.fingerprint)
+
+
+@pytest.mark.parametrize("names", ["cat", [1], None, {"0": "cat"}, ["a", "b", "c", "d"]])
+def test_names_that_are_none_are_refused(toy, tmp_path, names):
+    file = save(toy, tmp_path)
+    tensors, metadata = load_checkpoint(file)
+    save_checkpoint(file, tensors, metadata | {"class_names": names})
+    with pytest.raises(CodesError, match=r"prior\.safetensors: class_names: expected"):
+        load(file)
+
+
 def resized(metadata, **sizes):
     networks = [network | sizes for network in metadata["config"]["networks"]]
     return metadata | {"config": metadata["config"] | {"networks": networks}}
 
 
 def test_wrong_files_are_refused(toy, tmp_path):
-    with pytest.raises(CodesError, match="no such checkpoint"):
+    with pytest.raises(CodesError, match=r"not a prior: nothing in it is an output of vqmill's\. Expected the folder"):
         load(tmp_path)
     file = save(toy, tmp_path)
     tensors, metadata = load_checkpoint(file)
@@ -63,3 +89,12 @@ def test_wrong_files_are_refused(toy, tmp_path):
         save_checkpoint(file, changed_tensors, changed_metadata)
         with pytest.raises(CodesError, match=message):
             load(file)
+
+
+def test_a_prior_of_an_earlier_version_says_what_to_do(toy, tmp_path):
+    file = save(toy, tmp_path)
+    tensors, metadata = load_checkpoint(file)
+    (network, *_) = metadata["config"].pop("networks")
+    save_checkpoint(file, tensors, metadata | {"config": metadata["config"] | {"depth": network["depth"]}})
+    with pytest.raises(CodesError, match=r"earlier version of vqmill.*vqmill train-prior STORE"):
+        load(file)

@@ -118,7 +118,7 @@ def test_dictionaries_are_strict():
     with pytest.raises(CodesError, match=r"'codebook_sizes'.*Did you mean 'codebook_size'"):
         TokenizerConfig.from_dict(values | {"codebook_sizes": 3})
     del values["code_dim"]
-    with pytest.raises(CodesError, match="lacks code_dim"):
+    with pytest.raises(CodesError, match=r"lacks code_dim\. If an earlier version of vqmill wrote it, train it again"):
         TokenizerConfig.from_dict(values)
 
 

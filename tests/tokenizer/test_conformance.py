@@ -9,7 +9,7 @@ import torch
 
 from tokenizer import Tokenizer, TokenizerConfig
 from tokenizer.conformance import check_tokenizer
-from tokenizer.protocol import check_facts, check_images
+from tokenizer.protocol import check_facts, check_images, check_scale
 from vqmill.errors import CodesError
 
 COUNTER = itertools.count()
@@ -105,8 +105,10 @@ def test_images_may_be_as_dark_or_as_plain_as_they_are(shade):
     model = Means()
     codes = model.encode(torch.full((2, 1, 8, 8), shade, dtype=torch.uint8))
     check_images(model, model.decode(codes), codes)
+    check_scale(model, model.decode(codes))
     binary = means(decode=decode_with(lambda images: (images > 127).to(torch.uint8) * 255))()
     check_images(binary, binary.decode(codes), codes)
+    check_scale(binary, binary.decode(codes))
 
 
 def test_a_factory_must_repeat_itself():
