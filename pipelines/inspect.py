@@ -10,18 +10,19 @@ import numpy as np
 from pipelines.check import usage_lines
 from pipelines.inspect_corpus import inspect_corpus
 from pipelines.inspect_runs import inspect_evaluation, inspect_scores, inspect_unfinished, made_by, results_of
-from pipelines.outputs import disk_bytes, recorded_command
+from pipelines.outputs import recorded_command
 from pipelines.planning import planned
 from pipelines.progress import meter
 from pipelines.results import Result
 from pipelines.tokenize_command import run_file
-from vqmill.commits import Commit, Counts
+from vqmill.commits import Counts
 from vqmill.kinds import kind_of, unfinished_of
-from vqmill.layout import commit_file, read_spec
-from vqmill.places import Folder
+from vqmill.layout import GROUP, read_spec
+from vqmill.places import FileAt, place_of
 from vqmill.spec import MISSING_LABEL, StoreSpec
 from vqmill.store import Codes
 from vqmill.usage import StoreUsage
+from vqmill.writer import read_commits
 
 LISTED = 10
 BLOCK_ROWS = 65_536
@@ -29,10 +30,12 @@ BLOCK_ROWS = 65_536
 
 def inspect(path: str) -> Result:
     """Runs the command; see `vqmill inspect --help`."""
+    if "://" in path:
+        return _inspect_store(path) if FileAt(place_of(path), GROUP).exists() else inspect_corpus(planned(path))
     place = unfinished_of(Path(path)) or Path(path)
     match kind_of(place):
         case "store" | "zarr":
-            return _inspect_store(place)
+            return _inspect_store(str(place))
         case "tokenizer":
             return _inspect_tokenizer(place)
         case "prior":
@@ -47,8 +50,9 @@ def inspect(path: str) -> Result:
             return inspect_corpus(planned(path))
 
 
-def _inspect_store(path: Path) -> Result:
-    codes = Codes(Folder(path), read_spec(path))
+def _inspect_store(path: str) -> Result:
+    place = place_of(path)
+    codes = Codes(place, read_spec(place))
     spec = codes.spec
     usage = StoreUsage(spec.levels)
     total = len(codes) * len(spec.levels)
@@ -57,7 +61,7 @@ def _inspect_store(path: Path) -> Result:
             for first in range(0, len(codes), BLOCK_ROWS):
                 usage.add(level.name, codes[level.name][first : first + BLOCK_ROWS])
                 show(number * len(codes) + min(len(codes), first + BLOCK_ROWS), total)
-    disk = sum(disk_bytes(path / level) for level in codes.levels)
+    disk = sum(size for file, size in place.list().items() if file.split("/")[0] in codes.levels)
     raw = len(codes) * spec.row_bytes
     labels = codes.labels
     labelled = int((labels != MISSING_LABEL).sum())
@@ -69,8 +73,7 @@ def _inspect_store(path: Path) -> Result:
         f"{labelled:,} rows with labels, {len(np.unique(labels[labels != MISSING_LABEL]))} classes",
         *(usage_lines(spec, usage.used, usage.perplexity) if len(codes) else ()),
         f"codes on disk: {disk / 1e6:,.2f} MB, {raw / max(disk, 1):.2f} times smaller than raw {raw / 1e6:,.2f} MB",
-        f"quarantined: {quarantine.num_rows:,} samples"
-        + (f", in {path / 'quarantine'}" if quarantine.num_rows else ""),
+        f"quarantined: {quarantine.num_rows:,} samples" + (f", in {path}/quarantine" if quarantine.num_rows else ""),
     ]
     lines += [
         f"  {row['reason']}: {row['source']}: {row['key']} ({row['detail']})"
@@ -86,11 +89,11 @@ def _inspect_store(path: Path) -> Result:
         "disk_bytes": disk,
         "raw_bytes": raw,
     }
-    commits = [Commit.read(path / commit_file(shard)) for shard in range(spec.num_commits)]
+    commits = read_commits(codes.place, range(spec.num_commits))
     counts = sum(
         (commit.counts for commit in commits), Counts(skipped=sum(dict(spec.corpus.get("skipped", {})).values()))
     )
-    return Result(lines, counts, len(codes), facts, quarantine=str(path / "quarantine"))
+    return Result(lines, counts, len(codes), facts, quarantine=f"{path}/quarantine")
 
 
 def _origin(spec: StoreSpec) -> str:

@@ -38,7 +38,7 @@ from tokenizer.protocol import ImageTokenizer
 from vqmill import open_codes
 from vqmill.commits import Counts, Cursor
 from vqmill.errors import CodesError, UsageError
-from vqmill.files import canonical_json, write_whole
+from vqmill.files import canonical_json
 from vqmill.layout import smallest_codec
 from vqmill.spec import LevelSpec, Segment, StoreSpec, default_rows_per_shard
 from vqmill.tables import QUARANTINE_SCHEMA, SAMPLES_SCHEMA
@@ -63,10 +63,10 @@ class SampleOptions:
     top_p: float = 1.0
     guidance: float = 1.0
     candidates: int = 1
-    complete: Path | None = None
+    complete: str | Path | None = None
     rows: str | None = None
     keep: float | None = None
-    codes: Path | None = None
+    codes: str | Path | None = None
     columns: int | None = None
     batch_size: int = 64
     device: Device = "auto"
@@ -131,10 +131,8 @@ def sample(
     facts: dict[str, Any] = {"out": str(out), "seed": options.seed, "label": asked.label}
     if (codes := options.codes) is not None:
         _write_codes(codes, spec, arrays, asked.labels, images.shape[-1])
-        write_whole(
-            run_file(codes),
-            canonical_json(run_record(**tokenizer_place(tokenizer_path, module, codes), settings=settings)),
-        )
+        record = run_record(**tokenizer_place(tokenizer_path, module, codes), settings=settings)
+        run_file(codes).write(canonical_json(record))
         lines.append(f"made {codes}: {asked.num} rows")
         facts["codes"] = str(codes)
     return Result(lines, Counts(encoded=asked.num), asked.num, facts)
@@ -208,7 +206,7 @@ def _draws(prior: priors.Prior, options: SampleOptions) -> _Asked:
     return _Asked(num, label, _labels(label, num, num_classes), options.columns or columns, notes)
 
 
-def _completions(prior: priors.Prior, place: Path, store: Path, options: SampleOptions) -> _Asked:
+def _completions(prior: priors.Prior, place: Path, store: str | Path, options: SampleOptions) -> _Asked:
     """Rows of a store, of each of whose grids the upper part is kept.
 
     Raises:
@@ -300,7 +298,7 @@ def _spec(prior: priors.Prior, model: ImageTokenizer, settings: dict[str, Any]) 
 
 
 def _write_codes(
-    path: Path, spec: StoreSpec, codes: dict[str, np.ndarray[Any, Any]], labels: torch.Tensor | None, side: int
+    path: str | Path, spec: StoreSpec, codes: dict[str, np.ndarray[Any, Any]], labels: torch.Tensor | None, side: int
 ) -> None:
     number = len(next(iter(codes.values())))
     with StoreWriter(path, spec) as writer:

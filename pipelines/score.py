@@ -88,7 +88,13 @@ class _Job:
 
 
 def score(
-    prior_path: Path, store: Path, out: Path, options: ScoreOptions, *, tokenizer_path: Path | None, module: str | None
+    prior_path: Path,
+    store: str | Path,
+    out: Path,
+    options: ScoreOptions,
+    *,
+    tokenizer_path: Path | None,
+    module: str | None,
 ) -> Result:
     """Runs the command; see `vqmill score --help`."""
     if options.batch_size < 1:
@@ -196,7 +202,7 @@ def _bits_per_code(job: _Job, start: int, end: int) -> dict[str, np.ndarray[Any,
     for name, values in bits.items():
         if not (values <= np.finfo(np.float16).max).all():
             raise CodesError(
-                f"{job.codes.path}: level '{name}' costs {values.max():g} bits a code somewhere in rows {first}..{last - 1}: the prior "
+                f"{job.codes.place.name}: level '{name}' costs {values.max():g} bits a code somewhere in rows {first}..{last - 1}: the prior "
                 f"{job.prior.fingerprint} has diverged. Train it again, with a smaller --learning-rate."
             )
     return bits

@@ -29,6 +29,7 @@ from vqmill.commits import Counts
 from vqmill.errors import CodesError, UsageError
 from vqmill.files import canonical_json, write_whole
 from vqmill.loader import CodeBatches
+from vqmill.places import Place
 from vqmill.settings import did_you_mean, refuse_other_settings
 
 EVALUATION_LIMIT = 4096  # held-out samples that an evaluation looks at
@@ -66,7 +67,7 @@ def to_tensors(batch: Mapping[str, np.ndarray[Any, Any]]) -> Batch:
 class PriorJob:
     """The training of one level, ready to be sent to any machine that sees the store."""
 
-    store: Path
+    store: Place
     level: str
     config: priors.PriorConfig
     fit: FitConfig
@@ -106,7 +107,7 @@ class PriorJob:
 
 
 def train_prior(
-    store: Path, out: Path, *, preset: str, config: Path | None, level: str, holdout: float, flags: FitFlags
+    store: str | Path, out: Path, *, preset: str, config: Path | None, level: str, holdout: float, flags: FitFlags
 ) -> Result:
     """Runs the command; see `vqmill train-prior --help`."""
     tables = read_tables(config, ("prior", "fit"))
@@ -144,7 +145,7 @@ def train_prior(
     with OutputFolder(out, settings) as place:
         already = place.finished
         fits = _with_recorded(place, fits, asked, device)
-        jobs = {name: PriorJob(store.absolute(), name, prior_config, fits[name], holdout) for name in codes.levels}
+        jobs = {name: PriorJob(codes.place, name, prior_config, fits[name], holdout) for name in codes.levels}
         if not already:
             say(_notes(recipe, tables["fit"], {name: fits[name] for name in asked}))
             wanted = [name for name in jobs if name in asked or (place.work / name / FINAL_FILE).exists()]
