@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.trained_rows import holdout_threshold, key_hashes
+from pipelines.corpus.holdout import holdout_threshold, key_hashes
 from priors import LevelShape, Prior, PriorConfig
 from vqmill import Codes
 from vqmill.errors import CodesError, UsageError
