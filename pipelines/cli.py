@@ -42,7 +42,7 @@ def train_tokenizer(
     | unixpickle_256 | 100,000 | 16 | 0.001 | fp32 |
 
     Args:
-        corpus: a folder of images, quoted tar shards, or torchvision:NAME?root=DIR.
+        corpus: a folder of images, or quoted tar shards, here or in a bucket (s3://bucket/photos/), or torchvision:NAME?root=DIR.
         out: the folder to make.
         preset: ours: grey28 (one level, 7x7 codes), rgb32 or rgb256 (two levels: top and bottom), fsq32 (no codebook to learn), dalle64;
             published ones: nngen_mnist, zalando_cifar, sonnet_cifar, unixpickle_256. docs/tokenizers.md describes each.
@@ -111,7 +111,7 @@ def tokenize(
     grown is appended: give the command again, with the new tars or files sorted behind the old ones.
 
     Args:
-        corpus: a folder of images, quoted tar shards, or torchvision:NAME?root=DIR.
+        corpus: a folder of images, or quoted tar shards, here or in a bucket (s3://bucket/photos/), or torchvision:NAME?root=DIR.
         tokenizer: the folder that train-tokenizer or import-checkpoint wrote.
         tokenizer_module: instead, package.module:factory, your own code: installed, or found from the current directory. It makes an object
             with the methods that docs/tokenizer-protocol.md describes; try it with check-tokenizer.
