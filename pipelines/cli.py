@@ -74,8 +74,8 @@ def evaluate(
         vqmill evaluate photos/ --tokenizer-module my_models.vqgan:make
 
     Args:
-        places: the folder that train-tokenizer or import-checkpoint wrote, and the corpus: a folder of images, quoted tar shards, or
-            torchvision:NAME?root=DIR. With --tokenizer-module the corpus alone.
+        places: the folder that train-tokenizer or import-checkpoint wrote, and the corpus: a folder of images, or quoted tar shards, here or
+            in a bucket (s3://bucket/photos/), or torchvision:NAME?root=DIR. With --tokenizer-module the corpus alone.
         tokenizer_module: package.module:factory, your own code, as for tokenize.
         out: a folder to make: evaluation.json, worst_and_best.png (original, reconstruction and error), quarantine.parquet, run.json.
         size: side in pixels of the squares that images are made into; the tokenizer's training size if not given.
