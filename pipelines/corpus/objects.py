@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, TypeVar, cast
 from pipelines.corpus.folder import FoundFile
 from pipelines.corpus.problems import CorpusError
 from pipelines.errors import RunFailed
+from vqmill.errors import UsageError
 from vqmill.places import place_of
 
 PART_BYTES = 4 << 20  # of one request; larger ones are hardly faster
@@ -45,11 +46,14 @@ def check_address(address: str) -> None:
     """Refuses what cannot be read, before anything is recorded of it. Nothing is asked of a server.
 
     Raises:
-        UsageError: an unknown scheme, credentials or a query in it, or obstore is not installed.
+        CorpusError: an unknown scheme, credentials or a query in it, or obstore is not installed.
     """
     if address.lower().startswith("file:"):
         raise CorpusError(f"{address}: local files are named by their path, without file://")
-    place_of(address)
+    try:
+        place_of(address)
+    except UsageError as error:
+        raise CorpusError(str(error)) from None
 
 
 def list_objects(address: str) -> list[FoundFile]:
@@ -138,7 +142,8 @@ class RemoteObject:
         first, last = start // PART_BYTES, (start + size - 1) // PART_BYTES
         with self._lock:
             kept = [self._parts.get(number) for number in range(first, last + 1)]
-        data = b"".join(part.result() for part in kept if part) if size and all(kept) else None
+        whole = [part for part in kept if part and not (part.done() and part.exception())]
+        data = b"".join(part.result() for part in whole) if size and len(whole) == len(kept) else None
         if data is None:
             return self._get(start, start + size) if size else b""
         return data[start - first * PART_BYTES :][:size]
