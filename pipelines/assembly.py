@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +15,7 @@ from pipelines.ordering import ShardCutter, ShardJob
 from vqmill.commits import Commit, Counts, Cursor
 from vqmill.errors import CodesError
 from vqmill.layout import smallest_codec
+from vqmill.places import Place
 from vqmill.problems import runs
 from vqmill.spec import StoreSpec
 from vqmill.writer import StoreWriter, read_shard, write_shard
@@ -46,7 +46,7 @@ class Order:
     """A Zarr shard to be written.
 
     Attributes:
-        store: the store's folder, absolute.
+        store: where the store is, on whatever machine the order is carried out.
         spec: its specification; without a codec, the write chooses.
         shard: its number.
         pieces: (first row, stop row, whether the span's quarantine comes along) of as many spans.
@@ -54,7 +54,7 @@ class Order:
         expected: its files as recorded, when it is made again.
     """
 
-    store: Path
+    store: Place
     spec: StoreSpec
     shard: int
     pieces: tuple[tuple[int, int, bool], ...]
@@ -183,7 +183,7 @@ def _put(writer: StoreWriter, writes: Writes, job: ShardJob[Any], reopened: Comm
             writer.choose_codec(written.codec)
         (writer.rewrite_last if again else writer.commit)(job.rows, job.cursor, job.counts, written.files)
 
-    order = Order(writer.store.absolute(), writer.spec, job.shard, _cuts(job), again)
+    order = Order(writer.store, writer.spec, job.shard, _cuts(job), again)
     writes.add(order, [piece.payload for piece in job.pieces], accept)
     job.pieces.clear()  # the write holds the spans now; they are freed when it is done
     if writer.spec.codec is None:
@@ -211,7 +211,7 @@ def mend(
         _mend_run(writer, first, last, between, hands)
     if missing and (left := writer.missing_shards()):
         raise CodesError(
-            f"{writer.store}: the corpus no longer gives the rows of Zarr shards {left}: it is not what made this store. "
+            f"{writer.store.name}: the corpus no longer gives the rows of Zarr shards {left}: it is not what made this store. "
             "Restore their files from a copy."
         )
 
@@ -228,7 +228,7 @@ def _mend_run(
     def put(job: ShardJob[Any]) -> None:
         if job.shard <= last:  # else it is the rest of the span that `stop` lies in
             expected = writer.commits[job.shard].files
-            order = Order(writer.store.absolute(), writer.spec, job.shard, _cuts(job), None, expected)
+            order = Order(writer.store, writer.spec, job.shard, _cuts(job), None, expected)
             payloads = [piece.payload for piece in job.pieces]
             writes.add(order, payloads, lambda written: writer.accept_again(job.shard, written.files))
         job.pieces.clear()

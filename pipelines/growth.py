@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from pipelines.corpus.plan import Plan
+from vqmill.places import Where
 from vqmill.spec import StoreSpec
 from vqmill.writer import refuse_other_store
 
@@ -35,11 +34,11 @@ def grows(found: StoreSpec, plan: Plan) -> bool:
     return _goes_on(found, plan) and len(plan.shards) > found.segments[-1].input_shards
 
 
-def require_same_job(store: Path, found: StoreSpec, wanted: StoreSpec, plan: Plan) -> StoreSpec:
+def require_same_job(store: Where, found: StoreSpec, wanted: StoreSpec, plan: Plan) -> StoreSpec:
     """What this job must find at the store's place, to go on with it or to append to it.
 
     Args:
-        store: its folder.
+        store: its folder or address.
         found: what is there.
         wanted: what the job would write into a new store.
         plan: its plan, from `stages`.

@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 from pipelines.assembly import ArrivedSpan, extend, mend
 from pipelines.cluster import ray_cluster
@@ -25,7 +24,8 @@ from pipelines.outputs import require_room
 from pipelines.spans import Encoders
 from tokenizer.protocol import ImageTokenizer, level_specs
 from vqmill.commits import Counts, Cursor
-from vqmill.layout import read_spec
+from vqmill.layout import find_spec
+from vqmill.places import Place, Where, place_of
 from vqmill.spec import Segment, StoreSpec, default_rows_per_shard, usable_rows_per_shard
 from vqmill.store import open_codes
 from vqmill.writer import StoreWriter
@@ -115,7 +115,7 @@ def _preprocessing(model: ImageTokenizer, options: TokenizeOptions) -> Preproces
 def tokenize_corpus(
     plan: Plan,
     model: ImageTokenizer,
-    out: Path,
+    out: Where,
     options: TokenizeOptions,
     progress: Callable[[int, int, str], None],
     started: Callable[[], None] = lambda: None,
@@ -125,7 +125,7 @@ def tokenize_corpus(
     Args:
         plan: the corpus.
         model: the tokenizer.
-        out: the store's folder.
+        out: the store's folder or address.
         options: see there.
         progress: called with (samples done, samples in all, a note).
         started: called when there is work, before it begins.
@@ -136,19 +136,20 @@ def tokenize_corpus(
         RunFailed: an input shard keeps killing its worker, or a worker failed otherwise.
     """
     start = time.monotonic()
-    found = read_spec(out) if (out / "zarr.json").exists() else None
+    place = place_of(out)
+    found = find_spec(place)
     parts = stages(found, plan)
     if found:
-        require_same_job(out, found, store_spec(parts[-1], model, options), parts[-1])
+        require_same_job(place, found, store_spec(parts[-1], model, options), parts[-1])
     # A ragged Zarr shard is written anew beside the old one.
     kept = found.num_rows - found.num_rows % found.rows_per_shard if found else 0
     row_bytes = store_spec(plan, model, options).row_bytes + SAMPLE_BYTES
-    require_room(out, max(0, plan.num_samples - kept) * row_bytes)
+    require_room(place, max(0, plan.num_samples - kept) * row_bytes)
     worked = not (found and found.complete and len(parts[-1].shards) == found.segments[-1].input_shards)
     if worked:
         started()
-    outcomes = [_carry_out(part, model, out, options, progress) for part in parts]
-    codes = open_codes(out)
+    outcomes = [_carry_out(part, model, place, options, progress) for part in parts]
+    codes = open_codes(place)
     reasons = Counter(str(reason) for reason in codes.quarantine()["reason"].to_pylist())
     resumed, before = found.num_rows if found else 0, codes.spec.segments[-1].first_row
     return TokenizeResult(
@@ -175,13 +176,13 @@ class _Outcome:
 def _carry_out(
     plan: Plan,
     model: ImageTokenizer,
-    out: Path,
+    out: Place,
     options: TokenizeOptions,
     progress: Callable[[int, int, str], None],
 ) -> _Outcome:
     """Brings a plan to its end, unless it is there already."""
     spec = store_spec(plan, model, options)
-    found = read_spec(out) if (out / "zarr.json").exists() else None
+    found = find_spec(out)
     with StoreWriter(out, require_same_job(out, found, spec, plan) if found else spec) as writer:
         if found and grows(found, plan):
             writer.grow(plan.digest, len(plan.shards), plan.num_samples, spec.corpus)
@@ -192,7 +193,7 @@ def _carry_out(
                 _run(plan, model, writer, mended, options, progress)
             if writer.counts.seen != plan.num_samples:
                 raise RunFailed(
-                    f"{out}: {plan.num_samples:,} samples were planned, {writer.counts.seen:,} came out; the store is left unfinished."
+                    f"{out.name}: {plan.num_samples:,} samples were planned, {writer.counts.seen:,} came out; the store is left unfinished."
                 )
             writer.finish()
         return _Outcome(writer.counts, mended)
