@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import vqmill
 from benchmarks.measure import Line, compare
+from benchmarks.server import s3_server
 from benchmarks.stores import LEVEL, draw_codes, store_spec, write_store
 from vqmill.bucket import Bucket
 from vqmill.layout import shard_file
@@ -26,7 +20,7 @@ BATCH = 256
 
 def buckets(folder: Path) -> Iterator[Line]:
     """Writing, verifying and reading a store in a bucket against raw requests for the same objects, all one after the other."""
-    with _server(folder) as bucket:
+    with s3_server(folder) as bucket:
         spec, codes = store_spec(), {"codes": draw_codes(ROWS)}
         place = Bucket(write_store(f"{bucket}/codes.zarr", spec, codes))
         objects = {name: place.get(name)[0] for name in place.list()}
@@ -62,36 +56,3 @@ def buckets(folder: Path) -> Iterator[Line]:
         yield compare(
             f"a shuffled epoch of batches of {BATCH}, against raw gets of the Zarr shards", epoch, partial(get, shards)
         )
-
-
-@contextmanager
-def _server(folder: Path) -> Iterator[str]:
-    """An S3 server (moto) as a process, and the address of a bucket in it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    endpoint = f"http://127.0.0.1:{port}"
-    keys = {
-        "AWS_ENDPOINT_URL": endpoint,
-        "AWS_ACCESS_KEY_ID": "a",
-        "AWS_SECRET_ACCESS_KEY": "b",
-        "AWS_REGION": "us-east-1",
-    }
-    before = dict(os.environ)
-    with (folder / "log").open("wb") as log:
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-        server = subprocess.Popen(command, stdout=log, stderr=log)
-    try:
-        os.environ.update(keys)
-        for _ in range(300):
-            try:
-                urllib.request.urlopen(urllib.request.Request(f"{endpoint}/bench", method="PUT")).close()  # noqa: S310
-                break
-            except OSError:
-                time.sleep(0.1)
-        yield "s3://bench"
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-        server.terminate()
-        server.wait()

@@ -157,8 +157,8 @@ def _plan_job(
     size: int | None,
     holdout: float,
     flags: FitFlags,
-    begun: Mapping[str, Any],
     images: ImageFlags,
+    begun: Mapping[str, Any],
 ) -> tuple[TokenizerJob, str, list[str]]:
     """The job, the device, and what is to be said about a short run."""
     tables = read_tables(config, ("tokenizer", "fit"))

@@ -24,6 +24,7 @@ from torchvision.models.inception import Inception3
 
 import tokenizer
 from pipelines.cluster import ray_cluster
+from pipelines.corpus import objects as corpus_objects
 from pipelines.corpus.decoding import decode_sample
 from pipelines.corpus.images import Preprocessing
 from pipelines.corpus.plan import plan_corpus
@@ -138,6 +139,7 @@ class S3:
     bucket = "corpora"
     secret = "sentinel-secret-4711"
     key_id = "sentinel-key-id-0815"
+    token = "sentinel-token-2342"
 
     def __init__(self, endpoint: str) -> None:
         self.endpoint = endpoint
@@ -145,6 +147,7 @@ class S3:
             "AWS_ENDPOINT_URL": endpoint,
             "AWS_ACCESS_KEY_ID": self.key_id,
             "AWS_SECRET_ACCESS_KEY": self.secret,
+            "AWS_SESSION_TOKEN": self.token,
             "AWS_REGION": "us-east-1",
         }
 
@@ -161,6 +164,16 @@ class S3:
         for name, data in Stores.files(folder).items():
             place.write(name, data)
         return url
+
+    @staticmethod
+    def put(url: str, name: str, data: bytes) -> None:
+        """Puts one object below an address."""
+        Bucket(url).write(name, data)
+
+    @staticmethod
+    def delete(url: str, name: str) -> None:
+        """Removes it."""
+        Bucket(url).delete([name])
 
 
 @pytest.fixture(scope="session")
@@ -194,6 +207,8 @@ def s3(s3_server: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
     """The server, and an environment that reaches it."""
     for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
+    corpus_objects._store.cache_clear()
+    corpus_objects.open_object.cache_clear()
     return s3_server
 
 
