@@ -52,6 +52,7 @@ class Order:
         pieces: (first row, stop row, whether the span's quarantine comes along) of as many spans.
         opened: its record, when it is there and goes on behind what it holds.
         expected: its files as recorded, when it is made again.
+        follows: the record before, when another run wrote it: it may hold the first rows of the first span.
     """
 
     store: Path
@@ -60,6 +61,7 @@ class Order:
     pieces: tuple[tuple[int, int, bool], ...]
     opened: Commit | None = None
     expected: Mapping[str, Mapping[str, Any]] | None = None
+    follows: Commit | None = None
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,11 @@ def carry_out(order: Order, *spans: Span) -> Written:
     """Writes one Zarr shard. A pure function of the spans, but for the files.
 
     Raises:
-        CodesError: the files of an opened Zarr shard are not the recorded ones.
+        CodesError: the files of an opened Zarr shard are not the recorded ones, or the first span begins otherwise than what is committed
+            of it.
     """
+    if order.follows and order.pieces[0][0]:
+        _refuse_other_beginning(order, order.follows, spans[0])
     spec = order.spec
     cut = [(span, first, stop, ends) for span, (first, stop, ends) in zip(spans, order.pieces, strict=True)]
     if order.opened:
@@ -93,6 +98,18 @@ def carry_out(order: Order, *spans: Span) -> Written:
         spec = replace(spec, codec=smallest_codec(spec, codes))
     files = write_shard(order.store, spec, order.shard, codes, samples, quarantine, order.expected)
     return Written(files, spec.codec)
+
+
+def _refuse_other_beginning(order: Order, before: Commit, span: Span) -> None:
+    """A span of which rows are committed must give these rows again, or what follows them would be lost or come twice."""
+    held = read_shard(order.store, order.spec, before)[1]
+    first = order.pieces[0][0]
+    rows = min(first, held.num_rows)
+    if held.slice(held.num_rows - rows) != span.samples.slice(first - rows, rows):
+        raise CodesError(
+            f"{order.store}: the corpus no longer gives the last {rows:,} rows that were committed (before row {before.first_row + before.rows:,}): "
+            "files of it were restored, damaged or changed since. Put them back as they were until this store is finished."
+        )
 
 
 class Hands(Protocol):
@@ -183,7 +200,8 @@ def _put(writer: StoreWriter, writes: Writes, job: ShardJob[Any], reopened: Comm
             writer.choose_codec(written.codec)
         (writer.rewrite_last if again else writer.commit)(job.rows, job.cursor, job.counts, written.files)
 
-    order = Order(writer.store.absolute(), writer.spec, job.shard, _cuts(job), again)
+    follows = reopened if reopened and job.shard == reopened.shard + 1 else None
+    order = Order(writer.store.absolute(), writer.spec, job.shard, _cuts(job), again, follows=follows)
     writes.add(order, [piece.payload for piece in job.pieces], accept)
     job.pieces.clear()  # the write holds the spans now; they are freed when it is done
     if writer.spec.codec is None:

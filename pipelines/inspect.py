@@ -15,7 +15,7 @@ from pipelines.planning import planned
 from pipelines.progress import meter
 from pipelines.results import Result
 from pipelines.tokenize_command import run_file
-from vqmill.commits import Commit, Counts
+from vqmill.commits import Commit, Counts, counts_of
 from vqmill.kinds import kind_of, unfinished_of
 from vqmill.layout import commit_file, read_spec
 from vqmill.places import Folder
@@ -85,9 +85,7 @@ def _inspect_store(path: Path) -> Result:
         "raw_bytes": raw,
     }
     commits = [Commit.read(path / commit_file(shard)) for shard in range(spec.num_commits)]
-    counts = sum(
-        (commit.counts for commit in commits), Counts(skipped=sum(dict(spec.corpus.get("skipped", {})).values()))
-    )
+    counts = counts_of(spec, commits) + Counts(skipped=sum(dict(spec.corpus.get("skipped", {})).values()))
     return Result(lines, counts, len(codes), facts, quarantine=str(path / "quarantine"))
 
 

@@ -14,7 +14,7 @@ import torch
 from pipelines.corpus.plan import Plan
 from pipelines.encoder import Encoding
 from pipelines.foreign import ForeignTokenizer, load_tokenizer
-from pipelines.growth import grows, require_same_job, stages
+from pipelines.growth import grows, planned_job
 from pipelines.options import Codec, Device, Precision, choose_device, default_workers
 from pipelines.outputs import disk_bytes, refuse_inside, run_record
 from pipelines.planning import planned
@@ -27,10 +27,13 @@ from vqmill.files import canonical_json, write_whole
 from vqmill.layout import read_spec
 from vqmill.spec import MOST_ROWS_PER_SHARD, LevelSpec
 
+LISTED = 10
+
 
 def tokenize(
     corpus: str, tokenizer_path: Path | None, out: Path, *, module: str | None, size: int | None, workers: int | None, batch_size: int, shard_rows: int | None,
     codec: Codec, precision: Precision, device: Device, dry_run: bool, limit: int | None = None,
+    retry_quarantined: bool = False,
 ) -> Result:  # fmt: skip
     """Runs the command; see `vqmill tokenize --help`."""
     for flag, value in (
@@ -61,7 +64,7 @@ def tokenize(
     if limit is not None:
         plan = plan.first_samples(limit)
     if dry_run:
-        return _dry_run(plan, model, out, options)
+        return _dry_run(plan, model, out, options, retry=retry_quarantined)
 
     def record(**outcome: Any) -> None:
         place = tokenizer_place(tokenizer_path, module, out)
@@ -70,10 +73,11 @@ def tokenize(
 
     with meter("tokenizing", "samples") as show:
         # Said at the beginning, too: who finds an unfinished store looks there for the command that finishes it.
-        made = tokenize_corpus(plan, model, out, options, show, started=record)
+        made = tokenize_corpus(plan, model, out, options, show, started=record, retry=retry_quarantined)
     if made.did_something or not run_file(out).exists():
         record(rows=made.rows, counts=asdict(made.counts), seconds=made.seconds)
     lines = _made_lines(out, levels, made)
+    lines += _retry_lines(made) if retry_quarantined else []
     if made.appended_rows:
         lines.append(f"appended: {made.appended_rows:,} rows, behind the {made.rows - made.appended_rows:,} of before")
     if made.mended:
@@ -96,6 +100,7 @@ def tokenize(
         "appended_rows": made.appended_rows,
         "mended_shards": list(made.mended),
         "reasons": made.reasons,
+        "retried": made.retried,
         "fingerprint": model.fingerprint,
     }
     return Result(lines, made.counts, made.rows, facts, quarantine=str(out / "quarantine"))
@@ -113,6 +118,22 @@ def _made_lines(out: Path, levels: Iterable[LevelSpec], made: TokenizeResult) ->
         f"{made.counts.quarantined:,} samples quarantined",
         run,
     ]
+
+
+def _retry_lines(made: TokenizeResult) -> list[str]:
+    """What became of the samples that were tried again, and why the first ones of those that stay set aside do."""
+    good = made.retried - len(made.still_bad)
+    lines = ["no quarantined sample was there to be tried again"]
+    if made.retried:
+        lines = [
+            f"tried again: {made.retried:,} quarantined samples; {good:,} are rows now, {len(made.still_bad):,} stay quarantined"
+        ]
+    lines += [f"  {bad['reason']}: {bad['source']}: {bad['key']} ({bad['detail']})" for bad in made.still_bad[:LISTED]]
+    if made.waiting:
+        lines.append(
+            f"the corpus has {made.waiting:,} samples more than the store: the same command without --retry-quarantined appends them"
+        )
+    return lines
 
 
 def next_command(out: Path, levels: Iterable[LevelSpec]) -> str:
@@ -164,18 +185,21 @@ def relative_to_store(tokenizer_path: Path, store: Path) -> str:
     return os.path.relpath(tokenizer_path.absolute(), store.absolute().parent)
 
 
-def _dry_run(plan: Plan, model: ImageTokenizer, out: Path, options: TokenizeOptions) -> Result:
+def _dry_run(plan: Plan, model: ImageTokenizer, out: Path, options: TokenizeOptions, *, retry: bool) -> Result:
     found = read_spec(out) if (out / "zarr.json").exists() else None
-    plan = stages(found, plan)[-1]
+    job = planned_job(plan, out, found, retry=retry)
+    plan = job.parts[-1]
     spec = store_spec(plan, model, options)
     raw = plan.num_samples * spec.row_bytes
     done = more = 0
     state = "nothing is there yet"
     if found:
-        require_same_job(out, found, spec, plan)
+        job.require_same(out, found, spec, plan)
         done, more = found.num_rows, plan.num_samples - found.segments[-1].num_samples
         state = f"{done:,} rows are committed already"
-        if grows(found, plan):
+        if job.retries:
+            state = f"would try {job.retries:,} quarantined samples again, behind {done:,} rows"
+        elif grows(found, plan):
             state = f"would append {more:,} samples to {done:,} rows"
     lines = [
         f"{plan.corpus}: {len(plan.shards):,} input shards, {plan.num_samples:,} samples, {plan.num_bytes / 1e6:,.1f} MB",
@@ -190,6 +214,7 @@ def _dry_run(plan: Plan, model: ImageTokenizer, out: Path, options: TokenizeOpti
             "input_shards": len(plan.shards),
             "raw_bytes": raw,
             "committed_rows": done,
-            "appended_samples": more,
+            "appended_samples": 0 if job.retries else more,
+            "retried_samples": job.retries,
         },
     )
