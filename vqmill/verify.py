@@ -144,7 +144,7 @@ def resumable_commits(spec: StoreSpec, problems: Iterable[Problem]) -> int | Non
     lost = any(problem.kind == "record" and problem.shards and problem.shards[0] < whole for problem in problems)
     other = any(problem.kind in ("link", "counts") for problem in problems)
     retried = any(segment.retries and segment.first_row > whole * spec.rows_per_shard for segment in spec.segments)
-    stuck = lost or other or retried and whole < spec.num_commits or (whole == 0 and spec.num_commits > 0)
+    stuck = lost or other or retried or (whole == 0 and spec.num_commits > 0)
     return whole if can_be_made_again(spec) and not stuck else None
 
 
