@@ -1,4 +1,4 @@
-"""Whether a corpus goes on where a store ends. Pure: the driver reads the store and carries out the plans."""
+"""Whether a corpus goes on where a store ends, and what a job has to do. Pure but for `planned_job`; the driver carries out the plans."""
 
 from __future__ import annotations
 

@@ -91,7 +91,7 @@ def with_retries(plan: Plan, segments: Sequence[Segment], lines: Sequence[SetAsi
     behind = 0
     for segment in segments:
         if segment.retries:
-            shards = _trying(plan, shards, lines[behind : behind + segment.retries])
+            shards = _trying(shards, lines[behind : behind + segment.retries])
             behind += segment.retries
         while len(shards) < segment.input_shards and (shard := next(corpus, None)):
             shards.append(shard)
@@ -119,33 +119,33 @@ def retry_plan(plan: Plan, found: StoreSpec, tried: Sequence[SetAside], codes: C
     held = whole.first(last.input_shards)
     if held.num_samples != last.num_samples or held.digest != last.plan:
         _require_same_names(held, codes)
-    return replace(held, shards=tuple(_trying(plan, held.shards, set_aside(codes.quarantine()))))
+    return replace(held, shards=tuple(_trying(held.shards, set_aside(codes.quarantine()))))
 
 
-def _trying(plan: Plan, shards: Sequence[InputShard], lines: Sequence[SetAside]) -> list[InputShard]:
+def _trying(shards: Sequence[InputShard], lines: Sequence[SetAside]) -> list[InputShard]:
     """Input shards with these samples tried again behind them; where each was tried last, its problem is known from now on."""
-    places: dict[int, list[int]] = {}
-    for place, shard in enumerate(shards):
-        places.setdefault(shard.index, []).append(place)
+    first = {shard.index: place for place, shard in enumerate(shards) if shard.kind != "retry"}
+    again = {
+        (shard.index, index): place
+        for place, shard in enumerate(shards)
+        if isinstance(shard.content, Retried)
+        for index in shard.content.indices
+    }
     known: dict[int, list[tuple[int, Problem]]] = {}
     more: list[InputShard] = []
     for number, group in groupby(lines, key=lambda line: line.input_shard):
-        if number not in places:
+        if number not in first:
             continue  # the corpus has fewer input shards than the store's, which the plan's digest shows
         samples = list(group)
-        base = replace(shards[places[number][0]], known=())
         for line in samples:
-            place = next(place for place in reversed(places[number]) if _holds(shards[place], line.index))
+            place = again.get((number, line.index), first[number])
             known.setdefault(place, []).append((line.index, line.problem))
+        base = replace(shards[first[number]], known=())
         indices = tuple(line.index for line in samples)
         num_bytes = base.num_bytes * len(indices) // max(1, base.num_samples)
         more.append(InputShard(number, f"{base.name} again", len(indices), num_bytes, Retried(base, indices)))
     told = [replace(shard, known=(*shard.known, *known.get(place, ()))) for place, shard in enumerate(shards)]
     return [*told, *more]
-
-
-def _holds(shard: InputShard, index: int) -> bool:
-    return not isinstance(shard.content, Retried) or index in shard.content.indices
 
 
 def _require_same_names(plan: Plan, codes: Codes) -> None:
