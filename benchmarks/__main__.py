@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import zarr
 
-from benchmarks import corpus, entropy, images, loading, models, priors, reading, scale, shuffling, training
+from benchmarks import buckets, corpus, entropy, images, loading, models, priors, reading, scale, shuffling, training
 from benchmarks.measure import Line
 from vqmill import native
 
@@ -29,6 +29,7 @@ SECTIONS: dict[str, Section] = {
     "decode": reading.decode,
     "rows": reading.rows,
     "scale": scale.scale,
+    "buckets": buckets.buckets,
     "entropy": entropy.bits,
     "search": models.search,
     "quantizer": models.quantizer,

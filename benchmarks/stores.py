@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +16,7 @@ from vqmill.tables import QUARANTINE_SCHEMA, SAMPLES_SCHEMA
 from vqmill.writer import Counts, Cursor, StoreWriter, write_shard
 
 Array = np.ndarray[Any, np.dtype[Any]]
+Address = TypeVar("Address", Path, str)
 
 ROWS = 131_072
 ROWS_PER_SHARD = 4096
@@ -52,11 +53,11 @@ def store_spec(levels: tuple[LevelSpec, ...] = (LEVEL,), codec: str = "blosc-zst
     return StoreSpec(levels, ROWS_PER_SHARD, {"fingerprint": "none"}, segments=(Segment("none"),), codec=codec)
 
 
-def write_store(path: Path, spec: StoreSpec, codes: Mapping[str, Array], labels: Array | None = None) -> Path:
+def write_store(path: Address, spec: StoreSpec, codes: Mapping[str, Array], labels: Array | None = None) -> Address:
     """Writes a whole store.
 
     Args:
-        path: the store's folder.
+        path: the store's folder or address.
         spec: levels, rows of a Zarr shard, codec.
         codes: by level, integers [n, *grid].
         labels: int64 [n]; the row's number where None.

@@ -58,7 +58,7 @@ def run(common: Common, job: Callable[[], Result]) -> int:
         return _failed(common, FAILED, str(error))
     except KeyboardInterrupt:
         errors.print(
-            f"stopped. What was committed, or saved as a resume point, is kept; to go on from there: {_command()}"
+            f"stopped. Whatever was committed, or saved as a resume point, is kept; the same command goes on from there: {_command()}"
         )
         return _failed(common, FAILED, "stopped")
 

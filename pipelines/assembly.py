@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +15,7 @@ from pipelines.ordering import ShardCutter, ShardJob
 from vqmill.commits import Commit, Counts, Cursor
 from vqmill.errors import CodesError
 from vqmill.layout import smallest_codec
+from vqmill.places import Place
 from vqmill.problems import runs
 from vqmill.spec import StoreSpec
 from vqmill.writer import StoreWriter, read_shard, write_shard
@@ -46,7 +46,7 @@ class Order:
     """A Zarr shard to be written.
 
     Attributes:
-        store: the store's folder, absolute.
+        store: where the store is, on whatever machine the order is carried out.
         spec: its specification; without a codec, the write chooses.
         shard: its number.
         pieces: (first row, stop row, whether the span's quarantine comes along) of as many spans.
@@ -55,7 +55,7 @@ class Order:
         begun: the record before, when another run wrote the first rows of the first span into it.
     """
 
-    store: Path
+    store: Place
     spec: StoreSpec
     shard: int
     pieces: tuple[tuple[int, int, bool], ...]
@@ -103,10 +103,10 @@ def carry_out(order: Order, *spans: Span) -> Written:
     return Written(files, spec.codec)
 
 
-def _other_beginning(store: Path, before: Commit, rows: int) -> CodesError:
+def _other_beginning(store: Place, before: Commit, rows: int) -> CodesError:
     """A span of which rows are committed must give these rows again, or what follows them would be lost or come twice."""
     return CodesError(
-        f"{store}: the corpus no longer gives the last {rows:,} rows that were committed (before row {before.first_row + before.rows:,}): files "
+        f"{store.name}: the corpus no longer gives the last {rows:,} rows that were committed (before row {before.first_row + before.rows:,}): files "
         "of it were restored, damaged or changed since. Put them back as they were until this store is finished."
     )
 
@@ -207,7 +207,7 @@ def _put(
         (writer.rewrite_last if again else writer.commit)(job.rows, job.cursor, job.counts, written.files)
 
     before = begun if begun and job.shard == begun.shard + 1 else None
-    order = Order(writer.store.absolute(), writer.spec, job.shard, _cuts(job), again, begun=before)
+    order = Order(writer.store, writer.spec, job.shard, _cuts(job), again, begun=before)
     writes.add(order, [piece.payload for piece in job.pieces], accept)
     job.pieces.clear()  # the write holds the spans now; they are freed when it is done
     if writer.spec.codec is None:
@@ -235,7 +235,7 @@ def mend(
         _mend_run(writer, first, last, between, hands)
     if missing and (left := writer.missing_shards()):
         raise CodesError(
-            f"{writer.store}: the corpus no longer gives the rows of Zarr shards {left}: it is not what made this store. "
+            f"{writer.store.name}: the corpus no longer gives the rows of Zarr shards {left}: it is not what made this store. "
             "Restore their files from a copy."
         )
 
@@ -252,7 +252,7 @@ def _mend_run(
     def put(job: ShardJob[Any]) -> None:
         if job.shard <= last:  # else it is the rest of the span that `stop` lies in
             expected = writer.commits[job.shard].files
-            order = Order(writer.store.absolute(), writer.spec, job.shard, _cuts(job), None, expected)
+            order = Order(writer.store, writer.spec, job.shard, _cuts(job), None, expected)
             payloads = [piece.payload for piece in job.pieces]
             writes.add(order, payloads, lambda written: writer.accept_again(job.shard, written.files))
         job.pieces.clear()

@@ -17,7 +17,7 @@ from vqmill.usage import counted_names, title
 from vqmill.verify import verify_store
 
 
-def verify(store: Path, *, quick: bool) -> Result:
+def verify(store: str | Path, *, quick: bool) -> Result:
     """Runs the command; see `vqmill verify --help`."""
     spec = read_spec(store)
     with meter("verifying", "Zarr shards") as show:
@@ -52,13 +52,13 @@ def verify(store: Path, *, quick: bool) -> Result:
         "used_codes": found.used_codes,
         "perplexity": found.perplexity,
     }
-    result = Result(lines, counts, found.rows, facts, quarantine=str(store / "quarantine"))
+    result = Result(lines, counts, found.rows, facts, quarantine=f"{store}/quarantine")
     if found.problems:
         result.code = FAILED
     return result
 
 
-def repair(store: Path, *, dry_run: bool) -> Result:
+def repair(store: str | Path, *, dry_run: bool) -> Result:
     """Runs the command; see `vqmill repair --help`."""
     command = recorded_command(run_file(store), store)
     with meter("verifying", "Zarr shards") as show:

@@ -9,6 +9,7 @@ from vqmill.errors import UsageError
 from vqmill.settings import did_you_mean
 
 EACH = "each"
+MOST_DIGITS = 18  # of a number that is looked at; Python refuses to read very long ones
 
 
 def name_of(label: int, names: Sequence[str]) -> str:
@@ -63,7 +64,7 @@ def find_class(text: str, num_classes: int, names: Sequence[str]) -> tuple[int, 
         UsageError: no class is called so, or more than one.
     """
     namesakes = _called(text, names)
-    if text.isdecimal() and int(text) < num_classes:
+    if text.isdecimal() and len(text) <= MOST_DIGITS and int(text) < num_classes:
         label = int(text)
         if others := [f"class {other}" for other in namesakes if other != label]:
             return (

@@ -98,7 +98,7 @@ def evaluate(
 
 @app.command
 def tokenize(
-    corpus: str, /, *, tokenizer: Path | None = None, tokenizer_module: str | None = None, out: Path, size: int | None = None, workers: int | None = None, batch_size: int = 32,
+    corpus: str, /, *, tokenizer: Path | None = None, tokenizer_module: str | None = None, out: str, size: int | None = None, workers: int | None = None, batch_size: int = 32,
     shard_rows: int | None = None, codec: Codec = "auto", precision: Precision = "fp32", device: Device = "auto", limit: int | None = None,
     retry_quarantined: Annotated[bool, Parameter(negative="")] = False, dry_run: Annotated[bool, Parameter(negative="")] = False, common: Common = Common(),
 ) -> int:  # fmt: skip
@@ -112,7 +112,7 @@ def tokenize(
         tokenizer: the folder that train-tokenizer or import-checkpoint wrote.
         tokenizer_module: instead, package.module:factory, your own code: installed, or found from the current directory. It makes an object
             with the methods that docs/tokenizer-protocol.md describes; try it with check-tokenizer.
-        out: the store to make, for example codes.zarr.
+        out: the store to make, for example codes.zarr, or s3://bucket/codes.zarr (gs, az; docs/object-stores.md).
         size: side in pixels that images are resized and cropped to; the tokenizer's training size if not given.
         workers: encoder processes; one for each core, or GPU, if not given.
         batch_size: images encoded at once.
@@ -155,13 +155,13 @@ app.command(slice_store, name="slice")
 
 @app.command
 def decode(
-    store: Path, /, *, out: Path, rows: str | None = None, tokenizer: Path | None = None, tokenizer_module: str | None = None, originals: str | None = None,
+    store: str, /, *, out: Path, rows: str | None = None, tokenizer: Path | None = None, tokenizer_module: str | None = None, originals: str | None = None,
     columns: int | None = None, common: Common = Common(),
 ) -> int:  # fmt: skip
     """Turn codes back into pictures: original (if wanted) | reconstruction | codes.
 
     Args:
-        store: the code store.
+        store: the code store, a folder or an address as s3://bucket/codes.zarr.
         out: the PNG to write.
         rows: START:STOP, which rows to show; the first 16 if not given. Either side may be left out; rows that are not there are refused.
         tokenizer: the folder of the tokenizer that made the codes; the one recorded beside the store if not given.

@@ -9,7 +9,7 @@ from pipelines.options import Common, Device, FitFlags
 
 
 def train_prior(
-    store: Path, /, *, out: Path, preset: str = "pixelcnn", config: Path | None = None, level: str = "all", holdout: float = 0.05,
+    store: str, /, *, out: Path, preset: str = "pixelcnn", config: Path | None = None, level: str = "all", holdout: float = 0.05,
     flags: FitFlags = FitFlags(), common: Common = Common(),
 ) -> int:  # fmt: skip
     """Train a prior on a code store: label -> top -> bottom, each level by itself, on true codes of the coarser ones.
@@ -34,7 +34,7 @@ def train_prior(
         preset: gated PixelCNNs: pixelcnn-tiny, pixelcnn, pixelcnn-large, razavi (the paper's sizes, for GPUs); transformers: gpt-tiny, gpt,
             gpt-large.
         config: a TOML file with tables [prior], [prior.LEVEL], [fit] and [fit.LEVEL] over the preset.
-        level: train this level only, with the same other settings; OUT is made when all have been trained.
+        level: train this level only; flags such as --steps are then of it alone. OUT is made when all have been trained.
         holdout: share of the samples kept out of training and used to evaluate, chosen by their keys.
     """
     from pipelines.train_prior import train_prior as job
@@ -45,7 +45,7 @@ def train_prior(
 def sample(
     prior: Path, /, *, tokenizer: Path | None = None, tokenizer_module: str | None = None, out: Path, num: int | None = None, seed: int = 0,
     label: str | None = None, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, guidance: float = 1.0, candidates: int = 1,
-    complete: Path | None = None, rows: str | None = None, keep: float | None = None, codes: Path | None = None, columns: int | None = None,
+    complete: str | None = None, rows: str | None = None, keep: float | None = None, codes: str | None = None, columns: int | None = None,
     batch_size: int = 64, device: Device = "auto", common: Common = Common(),
 ) -> int:  # fmt: skip
     """Draw new images: label -> top -> bottom -> pixels. Or complete images of which the upper part is given.
@@ -87,7 +87,7 @@ def sample(
 
 
 def score(
-    prior: Path, store: Path, /, *, out: Path, rows: str = ":", tokenizer: Path | None = None, tokenizer_module: str | None = None,
+    prior: Path, store: str, /, *, out: Path, rows: str = ":", tokenizer: Path | None = None, tokenizer_module: str | None = None,
     num: int = 8, batch_size: int = 32, device: Device = "auto", common: Common = Common(),
 ) -> int:  # fmt: skip
     """Say how surprising each row of a code store is to a prior, in bits, and where in it the surprise is.

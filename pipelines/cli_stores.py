@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
@@ -12,7 +11,7 @@ from pipelines.options import Codec, Common
 
 
 def verify(
-    store: Path, /, *, quick: Annotated[bool, Parameter(negative="")] = False, common: Common = Common()
+    store: str, /, *, quick: Annotated[bool, Parameter(negative="")] = False, common: Common = Common()
 ) -> int:  # fmt: skip
     """Read every byte of a code store: checksums, code ranges, rows, commits.
 
@@ -20,7 +19,7 @@ def verify(
     the store is unfinished.
 
     Args:
-        store: the code store.
+        store: the code store, a folder or an address as s3://bucket/codes.zarr.
         quick: read metadata and commit records only, and see that every file is there with its size.
     """
     from pipelines.check import verify as job
@@ -29,7 +28,7 @@ def verify(
 
 
 def repair(
-    store: Path, /, *, dry_run: Annotated[bool, Parameter(negative="")] = False, common: Common = Common()
+    store: str, /, *, dry_run: Annotated[bool, Parameter(negative="")] = False, common: Common = Common()
 ) -> int:  # fmt: skip
     """Mend what can be mended in a code store, and say which command does the rest.
 
@@ -38,7 +37,7 @@ def repair(
     done.
 
     Args:
-        store: the code store.
+        store: the code store, a folder or an address as s3://bucket/codes.zarr.
         dry_run: say what would be done, and do nothing.
     """
     from pipelines.check import repair as job
@@ -47,7 +46,7 @@ def repair(
 
 
 def merge(
-    *stores: Path, out: Path, shard_rows: int | None = None, codec: Codec = "auto", common: Common = Common()
+    *stores: str, out: str, shard_rows: int | None = None, codec: Codec = "auto", common: Common = Common()
 ) -> int:
     """Make one code store of several that the same tokenizer made, without encoding anything again.
 
@@ -73,7 +72,7 @@ def merge(
 
 
 def slice_store(
-    store: Path, /, *, out: Path, rows: str | None = None, label: Annotated[list[int] | None, Parameter(negative="")] = None,
+    store: str, /, *, out: str, rows: str | None = None, label: Annotated[list[int] | None, Parameter(negative="")] = None,
     shard_rows: int | None = None, codec: Codec = "auto", common: Common = Common(),
 ) -> int:  # fmt: skip
     """Make a code store of some rows of another, without encoding anything again.

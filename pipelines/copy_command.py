@@ -10,20 +10,20 @@ from typing import Any
 from pipelines.copying import CopyResult, copy_rows
 from pipelines.joining import joined_spec, shared_keys
 from pipelines.options import Codec, row_range
-from pipelines.outputs import run_record
+from pipelines.outputs import lies_in, run_record
 from pipelines.progress import meter
 from pipelines.results import Result
 from pipelines.selection import Source, part_of_store, whole_store
 from pipelines.tokenize_command import recorded_tokenizer, relative_to_store, run_file
 from vqmill.commits import Counts
 from vqmill.errors import UsageError
-from vqmill.files import canonical_json, write_whole
+from vqmill.files import canonical_json
 from vqmill.layout import read_spec
 from vqmill.spec import MISSING_LABEL, StoreSpec
 from vqmill.store import Codes, open_codes
 
 
-def merge(stores: Sequence[Path], out: Path, *, shard_rows: int | None, codec: Codec) -> Result:
+def merge(stores: Sequence[str | Path], out: str | Path, *, shard_rows: int | None, codec: Codec) -> Result:
     """Runs the command; see `vqmill merge --help`."""
     if not stores:
         raise UsageError("name the stores to merge: vqmill merge A.zarr B.zarr --out C.zarr")
@@ -50,7 +50,13 @@ def merge(stores: Sequence[Path], out: Path, *, shard_rows: int | None, codec: C
 
 
 def slice_store(
-    store: Path, out: Path, *, rows: str | None, labels: Sequence[int] | None, shard_rows: int | None, codec: Codec
+    store: str | Path,
+    out: str | Path,
+    *,
+    rows: str | None,
+    labels: Sequence[int] | None,
+    shard_rows: int | None,
+    codec: Codec,
 ) -> Result:
     """Runs the command; see `vqmill slice --help`."""
     if rows is None and not labels:
@@ -82,7 +88,7 @@ def slice_store(
     )
 
 
-def _finished(store: Path) -> Codes:
+def _finished(store: str | Path) -> Codes:
     """Opens a store that no job has begun to append to: its last rows are about to be written anew.
 
     Raises:
@@ -93,14 +99,12 @@ def _finished(store: Path) -> Codes:
     return open_codes(store)
 
 
-def _check(stores: Sequence[Path], out: Path, shard_rows: int | None) -> None:
+def _check(stores: Sequence[str | Path], out: str | Path, shard_rows: int | None) -> None:
     """Refuses what cannot be, before anything is read."""
     if shard_rows is not None and shard_rows < 1:
         raise UsageError(f"--shard-rows must be at least 1, got {shard_rows}.")
-    place = out.resolve()
     for store in stores:
-        source = store.resolve()
-        if place.is_relative_to(source) or source.is_relative_to(place):
+        if lies_in(out, store) or lies_in(store, out):
             raise UsageError(f"--out {out}: is, holds or lies inside {store}, which is read. Choose a place outside.")
 
 
@@ -108,15 +112,17 @@ def _chosen(codec: Codec) -> str | None:
     return None if codec == "auto" else codec
 
 
-def _copy(sources: Sequence[Source], out: Path, spec: StoreSpec, lines: list[str], facts: dict[str, Any]) -> Result:
+def _copy(
+    sources: Sequence[Source], out: str | Path, spec: StoreSpec, lines: list[str], facts: dict[str, Any]
+) -> Result:
     with meter("copying", "rows") as show:
         made = copy_rows(sources, out, spec, show)
     counts = made.counts + Counts(skipped=sum(spec.corpus["skipped"].values()))
     new = made.rows - made.resumed_rows
     tokenizer = _tokenizer_of(sources)
     if made.did_something or not run_file(out).exists():
-        write_whole(run_file(out), canonical_json(_record(sources, out, made, counts, tokenizer)))
-    stores = f"{len(sources)} stores" if len(sources) > 1 else str(sources[0].codes.path)
+        run_file(out).write(canonical_json(_record(sources, out, made, counts, tokenizer)))
+    stores = f"{len(sources)} stores" if len(sources) > 1 else sources[0].codes.place.name
     head = f"{out}: {made.rows:,} rows of {stores} ({new:,} of them copied in this run, {made.resumed_rows:,} found committed)"
     if made.mended:
         mended = ", ".join(map(str, made.mended))
@@ -131,10 +137,10 @@ def _copy(sources: Sequence[Source], out: Path, spec: StoreSpec, lines: list[str
         "resumed_rows": made.resumed_rows,
         "mended_shards": list(made.mended),
         "fingerprint": spec.tokenizer["fingerprint"],
-        "sources": [{"store": str(source.codes.path), "rows": len(source.rows)} for source in sources],
+        "sources": [{"store": source.codes.place.name, "rows": len(source.rows)} for source in sources],
         **facts,
     }
-    return Result([head, *lines], counts, made.rows, facts, quarantine=str(out / "quarantine"))
+    return Result([head, *lines], counts, made.rows, facts, quarantine=f"{out}/quarantine")
 
 
 def _raised(shard_rows: int | None, spec: StoreSpec) -> list[str]:
@@ -144,10 +150,10 @@ def _raised(shard_rows: int | None, spec: StoreSpec) -> list[str]:
 
 
 def _record(
-    sources: Sequence[Source], out: Path, made: CopyResult, counts: Counts, tokenizer: Path | None
+    sources: Sequence[Source], out: str | Path, made: CopyResult, counts: Counts, tokenizer: Path | None
 ) -> dict[str, Any]:
     place = {} if tokenizer is None else {"tokenizer": relative_to_store(tokenizer, out)}
-    stores = [relative_to_store(source.codes.path, out) for source in sources]
+    stores = [relative_to_store(source.codes.place, out) for source in sources]
     return run_record(sources=stores, rows=made.rows, counts=asdict(counts), seconds=made.seconds, **place)
 
 
@@ -155,7 +161,7 @@ def _tokenizer_of(sources: Sequence[Source]) -> Path | None:
     """The tokenizer's folder, from the first record that is beside a source and names one; the sources share the tokenizer."""
     for source in sources:
         try:
-            return recorded_tokenizer(source.codes.path)
+            return recorded_tokenizer(source.codes.place)
         except UsageError:
             continue
     return None

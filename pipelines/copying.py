@@ -14,7 +14,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +23,8 @@ from pipelines.encoder import Span
 from pipelines.outputs import require_room
 from pipelines.selection import SPAN_ROWS, Source
 from vqmill.commits import Counts, Cursor
-from vqmill.layout import read_spec
+from vqmill.layout import find_spec
+from vqmill.places import Where
 from vqmill.spec import StoreSpec
 from vqmill.tables import QUARANTINE_SCHEMA, SAMPLES_SCHEMA
 from vqmill.writer import StoreWriter
@@ -54,7 +54,7 @@ class CopyResult:
 
 
 def copy_rows(
-    sources: Sequence[Source], out: Path, spec: StoreSpec, progress: Callable[[int, int], None]
+    sources: Sequence[Source], out: Where, spec: StoreSpec, progress: Callable[[int, int], None]
 ) -> CopyResult:
     """Makes a store of the sources' rows, one source behind the other, or goes on with it.
 
@@ -63,7 +63,7 @@ def copy_rows(
 
     Args:
         sources: what is copied.
-        out: the new store's folder.
+        out: the new store's folder or address.
         spec: the new store's specification (joining.py).
         progress: called with (rows written, rows to be written in this run).
 
@@ -73,7 +73,8 @@ def copy_rows(
     """
     start = time.monotonic()
     rows = sum(len(source.rows) for source in sources)
-    committed = read_spec(out).num_rows if (out / "zarr.json").exists() else 0
+    found = find_spec(out)
+    committed = found.num_rows if found else 0
     require_room(out, max(0, rows - committed) * spec.row_bytes + sum(source.table_bytes for source in sources))
     with StoreWriter(out, spec) as writer:
         resumed, unfinished = writer.spec.num_rows, not writer.spec.complete

@@ -38,7 +38,7 @@ MAX_ROWS = 4096  # of one picture
 
 
 def decode(
-    store: Path,
+    store: str | Path,
     out: Path,
     *,
     rows: str | None,
@@ -89,14 +89,14 @@ def load_tokenizer_of(codes: Codes, path: Path | None, module: str | None) -> Im
     if path is None and module is None:
         if recorded := codes.spec.tokenizer.get("module"):
             raise UsageError(
-                f"{codes.path}: was made by a tokenizer outside of vqmill, which only you can allow to run: {FLAG} {recorded}"
+                f"{codes.place.name}: was made by a tokenizer outside of vqmill, which only you can allow to run: {FLAG} {recorded}"
             )
-        path = recorded_tokenizer(codes.path)
+        path = recorded_tokenizer(codes.place)
     model = load_tokenizer(path, module)
     place, wanted = path or module, codes.spec.tokenizer["fingerprint"]
     if model.fingerprint != wanted:
         raise UsageError(
-            f"{place} holds tokenizer {model.fingerprint}, but {codes.path} was made by {wanted}: its codes mean something else "
+            f"{place} holds tokenizer {model.fingerprint}, but {codes.place.name} was made by {wanted}: its codes mean something else "
             "there. Name the folder of that tokenizer with --tokenizer."
         )
     model.to(choose_device("auto"))
@@ -144,10 +144,10 @@ def original_images(plan: Plan, codes: Codes, rows: range, size: int, channels: 
 def _plan_of(codes: Codes, corpus: str) -> Plan:
     segments = codes.spec.segments
     plan = plan_corpus(corpus).cut_at(corpus_totals(segments))
-    encoded = with_retries(plan, segments, tried_again(codes.path, codes.spec))
+    encoded = with_retries(plan, segments, tried_again(codes.place, codes.spec))
     if not segments or encoded.digest_of_first(segments[-1].input_shards) != segments[-1].plan:
         raise UsageError(
-            f"--originals {corpus}: not the corpus that {codes.path} was made from ({codes.spec.corpus.get('description')})."
+            f"--originals {corpus}: not the corpus that {codes.place.name} was made from ({codes.spec.corpus.get('description')})."
         )
     return plan
 

@@ -61,8 +61,8 @@ class FitConfig:
         weight_ema: decay of a running average of the weights that is evaluated and kept; 0 for none. A codebook of quantizer `ema` is no
             weight: it follows the features by its own average (`ema_decay`) and is taken as it is (averaging it again measured worse).
         accumulate: micro-batches of a step.
-        precision: `fp32`, or `bf16` autocast; `auto`, which is resolved before a run begins, for `bf16` where the device computes it in
-            hardware, probed.
+        precision: `fp32`, or `bf16` autocast. `auto` is resolved once, where the command is given and before the run begins: `bf16` where the
+            device computes it in hardware, probed. A run goes on with what it was begun with.
         validate_every: steps between evaluations; the first comes after a tenth of them (counted from the start of the codebooks).
         save_every: steps between resume points. With one worker Ctrl-C makes one more, after the step in hand (pressed again it stops at
             once); with more workers a run goes on from the last one.

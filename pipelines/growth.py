@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from pipelines.corpus.plan import Plan
 from pipelines.retry import SetAside, corpus_totals, retry_plan, tried_again, with_retries
 from vqmill.errors import UsageError
+from vqmill.places import Place, Where
 from vqmill.spec import StoreSpec
 from vqmill.store import open_codes
 from vqmill.writer import refuse_other_store
@@ -53,7 +53,7 @@ class Job:
     parts: list[Plan]
     retries: int = 0
 
-    def require_same(self, store: Path, found: StoreSpec, wanted: StoreSpec, plan: Plan) -> StoreSpec:
+    def require_same(self, store: Where, found: StoreSpec, wanted: StoreSpec, plan: Plan) -> StoreSpec:
         """As `require_same_job`; of a new retry the plan is looked at already, and may tell of restored files."""
         if not self.retries:
             return require_same_job(store, found, wanted, plan)
@@ -62,12 +62,12 @@ class Job:
         return same
 
 
-def planned_job(plan: Plan, out: Path, found: StoreSpec | None, *, retry: bool) -> Job:
+def planned_job(plan: Plan, out: Place, found: StoreSpec | None, *, retry: bool) -> Job:
     """What is to be done, of a corpus and a store.
 
     Args:
         plan: the corpus.
-        out: the store's folder.
+        out: the store's place.
         found: what is there.
         retry: whether samples that were set aside are tried again; then nothing is appended.
 
@@ -80,14 +80,14 @@ def planned_job(plan: Plan, out: Path, found: StoreSpec | None, *, retry: bool) 
         return Job(stages(found, plan, tried))
     without = "the same command without --retry-quarantined"
     if found is None:
-        raise UsageError(f"{out}: no store there whose samples could be tried again. To make it, give {without}.")
+        raise UsageError(f"{out.name}: no store there whose samples could be tried again. To make it, give {without}.")
     if "copied" in found.corpus or not found.segments:
         raise UsageError(
-            f"{out}: not made by tokenize, so it is not known where its samples lie. Retry in the stores it was made of, and make it again."
+            f"{out.name}: not made by tokenize, so it is not known where its samples lie. Retry in the stores it was made of, and make it again."
         )
     if not found.complete and not found.segments[-1].retries:
         raise UsageError(
-            f"{out}: unfinished; samples are tried again in finished stores. To finish it, give {without}."
+            f"{out.name}: unfinished; samples are tried again in finished stores. To finish it, give {without}."
         )
     if found.complete and (codes := open_codes(out)).quarantine().num_rows:
         _require_same_labels(found, plan)
@@ -107,11 +107,11 @@ def grows(found: StoreSpec, plan: Plan) -> bool:
     return _goes_on(found, plan) and len(plan.shards) > found.segments[-1].input_shards
 
 
-def require_same_job(store: Path, found: StoreSpec, wanted: StoreSpec, plan: Plan) -> StoreSpec:
+def require_same_job(store: Where, found: StoreSpec, wanted: StoreSpec, plan: Plan) -> StoreSpec:
     """What this job must find at the store's place, to go on with it or to append to it.
 
     Args:
-        store: its folder.
+        store: its folder or address.
         found: what is there.
         wanted: what the job would write into a new store.
         plan: its plan, from `stages`.

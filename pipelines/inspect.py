@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from pipelines.check import usage_lines
 from pipelines.inspect_corpus import inspect_corpus
-from pipelines.inspect_runs import inspect_evaluation, inspect_scores, inspect_unfinished, made_by
-from pipelines.outputs import disk_bytes, recorded_command
+from pipelines.inspect_runs import inspect_evaluation, inspect_scores, inspect_unfinished, made_by, results_of
+from pipelines.outputs import recorded_command
 from pipelines.planning import planned
 from pipelines.progress import meter
 from pipelines.results import Result
 from pipelines.tokenize_command import run_file
-from vqmill.commits import Commit, Counts, counts_of
+from vqmill.commits import Counts, counts_of
 from vqmill.kinds import kind_of, unfinished_of
-from vqmill.layout import commit_file, read_spec
-from vqmill.places import Folder
+from vqmill.layout import GROUP, read_spec
+from vqmill.places import FileAt, place_of
 from vqmill.spec import MISSING_LABEL, StoreSpec
 from vqmill.store import Codes
 from vqmill.usage import StoreUsage
+from vqmill.writer import read_commits
 
 LISTED = 10
 BLOCK_ROWS = 65_536
@@ -29,12 +30,16 @@ BLOCK_ROWS = 65_536
 
 def inspect(path: str) -> Result:
     """Runs the command; see `vqmill inspect --help`."""
+    if "://" in path:
+        return _inspect_store(path) if FileAt(place_of(path), GROUP).exists() else inspect_corpus(planned(path))
     place = unfinished_of(Path(path)) or Path(path)
     match kind_of(place):
         case "store" | "zarr":
-            return _inspect_store(place)
-        case "tokenizer" | "prior" as kind:
-            return _inspect_checkpoint(place, kind)
+            return _inspect_store(str(place))
+        case "tokenizer":
+            return _inspect_tokenizer(place)
+        case "prior":
+            return _inspect_prior(place)
         case "evaluation":
             return inspect_evaluation(place)
         case "scores":
@@ -45,8 +50,9 @@ def inspect(path: str) -> Result:
             return inspect_corpus(planned(path))
 
 
-def _inspect_store(path: Path) -> Result:
-    codes = Codes(Folder(path), read_spec(path))
+def _inspect_store(path: str) -> Result:
+    place = place_of(path)
+    codes = Codes(place, read_spec(place))
     spec = codes.spec
     usage = StoreUsage(spec.levels)
     total = len(codes) * len(spec.levels)
@@ -55,27 +61,26 @@ def _inspect_store(path: Path) -> Result:
             for first in range(0, len(codes), BLOCK_ROWS):
                 usage.add(level.name, codes[level.name][first : first + BLOCK_ROWS])
                 show(number * len(codes) + min(len(codes), first + BLOCK_ROWS), total)
-    disk = sum(disk_bytes(path / level) for level in codes.levels)
+    disk = sum(size for file, size in place.list().items() if file.split("/")[0] in codes.levels)
     raw = len(codes) * spec.row_bytes
     labels = codes.labels
     labelled = int((labels != MISSING_LABEL).sum())
     quarantine = codes.quarantine()
-    state = "complete" if spec.complete else "UNFINISHED: run the command that made it again to finish it"
+    state = "complete" if spec.complete else f"UNFINISHED, of {spec.segments[-1].num_samples:,} samples"
     lines = [
         f"{path}: a code store, {state}: {len(codes):,} rows in {spec.num_commits} Zarr shards of {spec.rows_per_shard:,}",
         _origin(spec),
         f"{labelled:,} rows with labels, {len(np.unique(labels[labels != MISSING_LABEL]))} classes",
-        *usage_lines(spec, usage.used, usage.perplexity),
+        *(usage_lines(spec, usage.used, usage.perplexity) if len(codes) else ()),
         f"codes on disk: {disk / 1e6:,.2f} MB, {raw / max(disk, 1):.2f} times smaller than raw {raw / 1e6:,.2f} MB",
-        f"quarantined: {quarantine.num_rows:,} samples"
-        + (f", in {path / 'quarantine'}" if quarantine.num_rows else ""),
+        f"quarantined: {quarantine.num_rows:,} samples" + (f", in {path}/quarantine" if quarantine.num_rows else ""),
     ]
     lines += [
         f"  {row['reason']}: {row['source']}: {row['key']} ({row['detail']})"
         for row in quarantine.slice(0, LISTED).to_pylist()
     ]
     if command := recorded_command(run_file(path), path):
-        lines.append(f"made by: {command}")
+        lines.append(f"{'made by' if spec.complete else 'to go on with it'}: {command}")
     facts = {
         "kind": "store",
         "complete": spec.complete,
@@ -84,9 +89,9 @@ def _inspect_store(path: Path) -> Result:
         "disk_bytes": disk,
         "raw_bytes": raw,
     }
-    commits = [Commit.read(path / commit_file(shard)) for shard in range(spec.num_commits)]
+    commits = read_commits(codes.place, range(spec.num_commits))
     counts = counts_of(spec, commits) + Counts(skipped=sum(dict(spec.corpus.get("skipped", {})).values()))
-    return Result(lines, counts, len(codes), facts, quarantine=str(path / "quarantine"))
+    return Result(lines, counts, len(codes), facts, quarantine=f"{path}/quarantine")
 
 
 def _origin(spec: StoreSpec) -> str:
@@ -99,22 +104,37 @@ def _origin(spec: StoreSpec) -> str:
     return f"made from {spec.corpus.get('description')} by tokenizer {fingerprint} ({made})"
 
 
-def _inspect_checkpoint(path: Path, kind: Literal["tokenizer", "prior"]) -> Result:
-    if kind == "prior":
-        import priors as package
-    else:
-        import tokenizer as package
-    model = package.load(path)
-    config, facts = model.config.to_dict(), model.config.to_dict()
-    lines = [
-        f"{path}: a {kind}, preset {config['preset']}, {model.num_parameters:,} parameters, fingerprint {model.fingerprint}"
-    ]
-    if kind == "prior":
-        lines += _level_lines(config.pop("levels"), config.pop("networks"))
-    lines += [f"  {key}: {value}" for key, value in config.items() if key != "preset"]
+def _inspect_tokenizer(path: Path) -> Result:
+    import tokenizer
+
+    model = tokenizer.load(path)
+    config = model.config.to_dict()
+    fields = [f"  {key}: {value}" for key, value in config.items() if key != "preset"]
+    return _checkpoint("tokenizer", path, model.fingerprint, model.num_parameters, config, fields, {})
+
+
+def _inspect_prior(path: Path) -> Result:
+    import priors
+
+    model = priors.load(path)
+    config, names = model.config.to_dict(), list(model.class_names)
+    lines = _level_lines(config["levels"], config["networks"])
+    lines += [f"  {key}: {config[key]}" for key in config if key not in ("preset", "levels", "networks")]
+    if names:
+        listed = ", ".join(f"{number} {name}" for number, name in enumerate(names[:LISTED]))
+        lines.append(f"  classes: {listed}{' ...' if len(names) > LISTED else ''}")
+    return _checkpoint("prior", path, model.fingerprint, model.num_parameters, config, lines, {"class_names": names})
+
+
+def _checkpoint(
+    kind: str, path: Path, fingerprint: str, parameters: int, config: dict[str, Any], lines: list[str], facts: dict[str, Any]
+) -> Result:  # fmt: skip
+    """What a checkpoint is, how good its training found it, its settings, and the command that made it."""
+    folder = path if path.is_dir() else path.parent
+    head = f"{path}: a {kind}, preset {config['preset']}, {parameters:,} parameters, fingerprint {fingerprint}"
     return Result(
-        [*lines, *made_by(path if path.is_dir() else path.parent)],
-        facts={"kind": kind, "fingerprint": model.fingerprint, "parameters": model.num_parameters, "config": facts},
+        [head, *results_of(folder, fingerprint), *lines, *made_by(folder)],
+        facts={"kind": kind, "fingerprint": fingerprint, "parameters": parameters, "config": config, **facts},
     )
 
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipelines import train_prior, train_tokenizer
 from pipelines.evaluate import EVALUATION_FILE, evaluation_result
 from pipelines.outputs import RUN_FILE, WORK, recorded_command
 from pipelines.results import Result
-from pipelines.score import SCORE_FILE
+from pipelines.score import score_result
 from pipelines.train import FINAL_FILE
 from pipelines.training_log import METRICS_FILE, newest_record
 from pipelines.training_state import RESUME_FILE
 from vqmill.checkpoint import read_description
-from vqmill.commits import Counts
 from vqmill.errors import CodesError
 from vqmill.files import PARTIAL_SUFFIX, SETTINGS_FILE
 from vqmill.kinds import command_of
@@ -56,10 +55,10 @@ class Progress:
             max(last.get("step", 0), resume_step), resume_step, (folder / FINAL_FILE).exists(), last.get("loss"), judged.get("step"), figures
         )  # fmt: skip
 
-    def lines(self, title: str, steps: int) -> list[str]:
-        """In words, `title` before them."""
-        if not self.step:
-            return [f"{title}not begun, of {steps:,} steps"]
+    def lines(self, title: str, steps: int | None) -> list[str]:
+        """In words, `title` before them; `steps` is of how many, None where it has not begun."""
+        if not self.step or steps is None:
+            return [f"{title}not begun" + (f", of {steps:,} steps" if steps else "")]
         state = f"{title}step {self.step:,} of {steps:,}"
         if self.trained:
             state = f"{title}trained, {self.step:,} steps"
@@ -81,17 +80,20 @@ def inspect_unfinished(path: Path) -> Result:
     try:
         settings = json.loads((path / SETTINGS_FILE).read_bytes())
         if command == "train-prior":
-            fits = {level["name"]: settings["fit"][level["name"]] for level in settings["prior"]["levels"]}
-            found = {name: Progress.of(work / name) for name in fits}
+            found = {level["name"]: Progress.of(work / level["name"]) for level in settings["prior"]["levels"]}
+            fits = {name: _json_of(work / name / train_prior.FIT_FILE) for name in found}
         else:
             fits = {"": settings["fit"]} if "fit" in settings else {}
             found = {name: Progress.of(work) for name in fits}
         titles = {name: f"level {name}: " if name else "" for name in found}
-        progress = [line for name, one in found.items() for line in one.lines(titles[name], fits[name]["steps"])]
+        progress = [line for name, one in found.items() for line in one.lines(titles[name], fits[name].get("steps"))]
+    except CodesError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _unreadable(path, error) from error
     out = path.with_name(path.name.removesuffix(PARTIAL_SUFFIX))
-    again = recorded_command(path / RUN_FILE, out)
+    untrained = [name for name, one in found.items() if not one.trained]
+    again = recorded_command(path / RUN_FILE, out, untrained)
     lines = [f"{path}: an unfinished run of {command}, stopped or still running", *progress]
     lines.append(f"to go on with it: {again}" if again else "to go on with it, give the same command again")
     facts = {
@@ -116,30 +118,31 @@ def inspect_evaluation(path: Path) -> Result:
 def inspect_scores(path: Path) -> Result:
     """What `vqmill score` made."""
     try:
-        record = json.loads((path / SCORE_FILE).read_bytes())
-        first, stop = record["row_range"]
-        lines = [
-            f"{path}: the scores of {stop - first:,} rows, {first}..{stop - 1}, of {record['store']} by the prior {record['place']} "
-            f"({record['prior']})",
-            *map(_level_line, record["levels"]),
-            f"in all: {record['bits_per_code']:.3f} bits per code, {record['bits']:,.1f} a row; least likely: "
-            + ", ".join(f"row {entry['row']}" for entry in record["least_likely"]),
-        ]
+        result = score_result(path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _unreadable(path, error) from error
-    facts = record | {"kind": "scores", "out": str(path)}
-    return Result([*lines, *made_by(path)], Counts(encoded=stop - first), stop - first, facts)
+    result.lines = [f"{path}: scores of rows by a prior", *result.lines, *made_by(path)]
+    result.facts["kind"] = "scores"
+    return result
+
+
+def results_of(folder: Path, fingerprint: str) -> list[str]:
+    """What a training said of the checkpoint that it made; nothing when another record, or none, lies beside it."""
+    record = _json_of(folder / RUN_FILE)
+    if record.get("fingerprint") != fingerprint or "evaluation" not in record:
+        return []
+    module = train_prior if record.get("settings", {}).get("command") == "train-prior" else train_tokenizer
+    return module.result_lines(record)
 
 
 def made_by(folder: Path) -> list[str]:
     """One line with the command that made a folder, none where that is not recorded."""
-    command = recorded_command(folder / RUN_FILE, folder)
+    command = recorded_command(folder / RUN_FILE, folder, [train_prior.ALL_LEVELS])
     return [f"made by: {command}"] if command else []
 
 
-def _level_line(level: Mapping[str, Any]) -> str:
-    crude = ", ".join(f"{name} {level[name]:.3f}" for name in ("uniform", "unigram", "bigram"))
-    return f"level {level['name']}: {level['bits_per_code']:.3f} bits per code ({crude})"
+def _json_of(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_bytes()) if path.exists() else {}
 
 
 def _unreadable(path: Path, error: Exception) -> CodesError:

@@ -79,7 +79,7 @@ def refuse_other_making(first: Source, second: Source) -> None:
     Raises:
         UsageError: each difference has a line.
     """
-    names = (str(first.codes.path), str(second.codes.path))
+    names = (first.codes.place.name, second.codes.place.name)
     differences = different_settings(_making(first.codes.spec), _making(second.codes.spec), names)
     if differences:
         listing = "\n".join(f"  {line}" for line in differences)
@@ -103,7 +103,7 @@ def joined_class_names(sources: Sequence[Source]) -> list[str]:
         other = source.codes.class_names
         if other != names and (other or source.has_labels):
             raise UsageError(
-                f"{named[0].codes.path} and {source.codes.path}: labels mean other classes there:\n"
+                f"{named[0].codes.place.name} and {source.codes.place.name}: labels mean other classes there:\n"
                 f"{_class_difference(named[0], source)}\nTokenize both corpora as one, which gives their classes one numbering."
             )
     return list(names)
@@ -126,8 +126,8 @@ def _making(spec: StoreSpec) -> dict[str, Any]:
 
 def _class_difference(first: Source, second: Source) -> str:
     if not second.codes.class_names:
-        return f"  class_names: {first.codes.path} has {len(first.codes.class_names)}, {second.codes.path} has labels without names"
-    sides = (str(first.codes.path), str(second.codes.path))
+        return f"  class_names: {first.codes.place.name} has {len(first.codes.class_names)}, {second.codes.place.name} has labels without names"
+    sides = (first.codes.place.name, second.codes.place.name)
     names = [{"class_names": source.codes.class_names} for source in (first, second)]
     return "\n".join(f"  {line}" for line in different_settings(names[0], names[1], sides))
 

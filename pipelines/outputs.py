@@ -9,7 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any
 
 from vqmill.errors import UsageError
 from vqmill.files import PARTIAL_SUFFIX, SETTINGS_FILE, JsonValue, canonical_json, hold_lock, sync_folder, write_whole
+from vqmill.places import FileAt, Folder, Where, place_of
 from vqmill.settings import refuse_other_settings
 
 RUN_FILE = "run.json"
@@ -45,6 +46,7 @@ class OutputFolder:
         Raises:
             UsageError: the place is taken by something else, or by a run with other settings; the difference is shown.
         """
+        place_of(out)  # refuses an address
         self.out = out
         self.folder = out.with_name(out.name + PARTIAL_SUFFIX)
         self._lock = hold_lock(out, "Another job is writing it. Wait for it to end, or choose another --out.")
@@ -111,20 +113,35 @@ def _compare(folder: Path, wanted: Mapping[str, Any], advice: str) -> None:
     refuse_other_settings(str(folder), found, wanted, advice)
 
 
-def refuse_inside(out: Path, source: str, kind: str = "corpus") -> None:
+def refuse_inside(out: Path | str, source: str, kind: str = "corpus") -> None:
     """Refuses to write into the folder that is being read, a corpus or a store, where the output would become part of it.
 
     Raises:
         UsageError: `out` lies in it.
     """
-    if Path(source).is_dir() and out.resolve().is_relative_to(Path(source).resolve()):
+    if lies_in(out, source) and ("://" in source or Path(source).is_dir()):
         raise UsageError(
             f"--out {out}: lies inside the {kind} {source}, and would be read as a part of it. Choose a place outside."
         )
 
 
-def require_room(path: Path, needed_bytes: int) -> None:
-    """Refuses to start a job whose output will not fit.
+def recorded_settings(out: Path) -> dict[str, Any]:
+    """The settings with which an output was made, or begun; nothing where there is none."""
+    for folder in (out, out.with_name(out.name + PARTIAL_SUFFIX)):
+        if (folder / SETTINGS_FILE).is_file():
+            return json.loads((folder / SETTINGS_FILE).read_bytes())
+    return {}
+
+
+def lies_in(inner: Path | str, outer: Path | str) -> bool:
+    """Whether the first of two paths or addresses is, or lies in, the second."""
+    if "://" in f"{inner}{outer}":
+        return f"{inner}/".startswith(f"{outer}".rstrip("/") + "/")
+    return Path(inner).resolve().is_relative_to(Path(outer).resolve())
+
+
+def require_room(path: Where, needed_bytes: int) -> None:
+    """Refuses to start a job whose output will not fit on its disk; an object store tells nobody how much room it has.
 
     Args:
         path: where the output goes; it need not exist yet.
@@ -133,20 +150,23 @@ def require_room(path: Path, needed_bytes: int) -> None:
     Raises:
         UsageError: less is free.
     """
-    place = path.absolute()
+    target = place_of(path)
+    if not isinstance(target, Folder):
+        return
+    place = target.path.absolute()
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
     if free < needed_bytes + MARGIN_BYTES:
         raise UsageError(
-            f"{path}: the output may take {needed_bytes / 1e6:,.0f} MB (plus {MARGIN_BYTES / 1e6:.0f} MB to spare), "
+            f"{target.name}: the output may take {needed_bytes / 1e6:,.0f} MB (plus {MARGIN_BYTES / 1e6:.0f} MB to spare), "
             f"but only {free / 1e6:,.0f} MB are free there. Free some room, or choose an --out on another disk."
         )
 
 
-def disk_bytes(folder: Path) -> int:
-    """What the files below a folder hold, bytes."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+def disk_bytes(where: Where) -> int:
+    """What the files below a folder or an address hold, bytes."""
+    return sum(place_of(where).list().values())
 
 
 def run_record(**facts: Any) -> dict[str, Any]:
@@ -163,12 +183,13 @@ def run_record(**facts: Any) -> dict[str, Any]:
     }
 
 
-def recorded_command(record: Path, out: Path) -> str | None:
+def recorded_command(record: Path | FileAt, out: Path | str, untrained: Sequence[str] = ()) -> str | None:
     """The command that made an output, ready to be pasted, as its record says; None when there is no such record.
 
     Args:
         record: what `run_record` gave, or what an unfinished output has in its place.
         out: where the output is now.
+        untrained: levels that are still to be trained; a command for another level becomes one for the first of them, or for `all`.
     """
     try:
         found: JsonValue = json.loads(record.read_bytes())
@@ -179,21 +200,35 @@ def recorded_command(record: Path, out: Path) -> str | None:
         return None
     folder = found.get("folder") if isinstance(found, dict) else None
     elsewhere = isinstance(folder, str) and folder != str(Path.cwd())
-    command = shlex.join(_with_out(list(map(str, words)), out.absolute() if elsewhere else out))
+    here = out if "://" in str(out) or not elsewhere else Path(out).absolute()
+    command = shlex.join(_with_level(_with_out(list(map(str, words)), here), untrained))
     return f"cd {shlex.quote(str(folder))} && {command}" if elsewhere else command
 
 
-def _with_out(words: list[str], out: Path) -> list[str]:
+def _with_out(words: list[str], out: Path | str) -> list[str]:
     """A recorded command, for the output at the place where it is now, and for people to read."""
     words = [word for word in words if word != "--json"]
     if "demo" in words[1:2]:  # its --out holds several outputs
         return words
+    flag = "--codes" if "sample" in words[1:2] else "--out"  # the store; its --out is the picture
     for place, word in enumerate(words):
-        if word == "--out" and place + 1 < len(words):
+        if word == flag and place + 1 < len(words):
             words[place + 1] = str(out)
-        elif word.startswith("--out="):
-            words[place] = f"--out={out}"
+        elif word.startswith(f"{flag}="):
+            words[place] = f"{flag}={out}"
     return words
+
+
+def _with_level(words: list[str], untrained: Sequence[str]) -> list[str]:
+    """A recorded command whose level, if it has one and that is trained, is one that is not."""
+    if "--level" in words[:-1]:
+        place = words.index("--level")
+        words = [*words[:place], f"--level={words[place + 1]}", *words[place + 2 :]]
+    others = ("--level=all", *(f"--level={name}" for name in untrained))
+    return [
+        f"--level={untrained[0]}" if untrained and word.startswith("--level=") and word not in others else word
+        for word in words
+    ]
 
 
 def _typed() -> dict[str, Any]:

@@ -31,8 +31,10 @@ def native_bf16(device: str) -> bool:
     return torch.allclose(product.float(), left @ right, rtol=0.02)
 
 
-def resolved(precision: str, device: str) -> str:
-    """`auto` as `bf16` where that is native, else as `fp32`; another precision as it is."""
+def resolved(precision: str, device: str, recorded: str | None) -> str:
+    """`auto` as what the run was begun with, else as `bf16` where that is native, else as `fp32`; another precision as it is."""
     if precision != "auto":
         return precision
+    if recorded is not None:
+        return recorded
     return "bf16" if native_bf16(device) else "fp32"

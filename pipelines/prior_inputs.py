@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.trained_rows import holdout_threshold, key_hashes
+from pipelines.corpus.holdout import holdout_threshold, key_hashes
 from priors import LevelShape, Prior, PriorConfig
 from vqmill import Codes
 from vqmill.errors import CodesError, UsageError
@@ -28,7 +28,7 @@ def level_shapes(codes: Codes) -> list[LevelShape]:
             if "depth" in level.axes:
                 cause = f"Its codes have {level.grid[0]} residual stages: tokenize with a tokenizer without them (num_quantizers = 1 in [tokenizer]). "
             raise UsageError(
-                f"{codes.path}: level '{level.name}' has the axes {', '.join(level.axes)} (a row is {'x'.join(map(str, level.grid))}), but a "
+                f"{codes.place.name}: level '{level.name}' has the axes {', '.join(level.axes)} (a row is {'x'.join(map(str, level.grid))}), but a "
                 f"prior models one code at each place, row, y, x. {cause}For a model of your own, read the codes with vqmill.open_codes."
             )
     return [LevelShape(level.name, level.codebook_size, (level.grid[0], level.grid[1])) for level in codes.spec.levels]
@@ -49,12 +49,12 @@ def split_rows(codes: Codes, fraction: float) -> tuple[np.ndarray[Any, Any], np.
     hashes = key_hashes(codes.sample_keys())
     if len(np.unique(hashes)) < 2:
         raise UsageError(
-            f"{codes.path}: {len(codes)} rows; it takes two samples, one to train on and one to hold out. Tokenize a larger corpus."
+            f"{codes.place.name}: {len(codes)} rows; it takes two samples, one to train on and one to hold out. Tokenize a larger corpus."
         )
     held = hashes < holdout_threshold(hashes, fraction)
     if held.all():
         raise UsageError(
-            f"{codes.path}: --holdout {fraction} keeps all {len(codes):,} rows out of training. Choose a smaller fraction."
+            f"{codes.place.name}: --holdout {fraction} keeps all {len(codes):,} rows out of training. Choose a smaller fraction."
         )
     return np.flatnonzero(~held), np.flatnonzero(held)
 
@@ -79,16 +79,16 @@ def check_store(config: PriorConfig, place: Path, codes: Codes) -> None:
     try:
         config.check_tokenizer(codes.spec.tokenizer["fingerprint"])
     except CodesError as error:
-        raise UsageError(f"{place} with {codes.path}: {error}") from error
+        raise UsageError(f"{place} with {codes.place.name}: {error}") from error
     if missing := [name for name in config.level_names if name not in found]:
         raise UsageError(
-            f"{codes.path}: has no level {', '.join(missing)}; its levels are {', '.join(found)}, but {place} models "
+            f"{codes.place.name}: has no level {', '.join(missing)}; its levels are {', '.join(found)}, but {place} models "
             f"{', '.join(config.level_names)}. Take a store with all of them, or train a prior on this one."
         )
     for shape in config.levels:
         if found[shape.name] != shape:
             raise UsageError(
-                f"{codes.path}: level '{shape.name}' has {_words(found[shape.name])}, but {place} models {_words(shape)}. Tokenize at "
+                f"{codes.place.name}: level '{shape.name}' has {_words(found[shape.name])}, but {place} models {_words(shape)}. Tokenize at "
                 "the size that the prior's store was made at, or train a prior on this store."
             )
 
@@ -116,7 +116,7 @@ def check_labels(prior: Prior, place: Path, codes: Codes, rows: range, labels: n
     unknown = np.flatnonzero((labels < MISSING_LABEL) | (labels >= config.num_classes))
     if len(unknown):
         raise UsageError(
-            f"{codes.path}: row {rows[unknown[0]]} has label {labels[unknown[0]]}, but {place} knows the classes "
+            f"{codes.place.name}: row {rows[unknown[0]]} has label {labels[unknown[0]]}, but {place} knows the classes "
             f"0..{config.num_classes - 1}; so it is with {len(unknown):,} of {len(labels):,} rows. Choose rows of these classes "
             "(--rows, vqmill slice --label), or train a prior on this store."
         )

@@ -29,8 +29,8 @@ class Meter:
             total: of how much; None when it is not known.
             note: a few words more, such as the loss.
         """
-        if self._first is None:
-            self._first = done
+        if self._first is None:  # what comes before, such as Ray's start, is no part of the rate
+            self._first, self._start = done, time.monotonic()
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done, total=total, note=note)
             return

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.fit import FitConfig
-from pipelines.precision import resolved
 from vqmill.errors import UsageError
 from vqmill.settings import did_you_mean
 
@@ -81,42 +80,47 @@ def _refuse_of_fit(path: Path, name: str, table: Mapping[str, Any]) -> None:
     for key, value in table.items():
         if key in of_fit:
             raise UsageError(
-                f"--config {path}: [{name}] {key} is a setting of the training; write it into the table [fit]."
+                f"--config {path}: [{name}] {key} is a setting of the training; write it into the table [fit{''.join(name.partition('.')[1:])}]."
             )
         if isinstance(value, dict):
             _refuse_of_fit(path, f"{name}.{key}", value)
 
 
-def fit_config(recipe: FitConfig, table: Mapping[str, Any], flags: Mapping[str, Any], device: str = "cpu") -> FitConfig:
+def fit_config(recipe: FitConfig, table: Mapping[str, Any], flags: Mapping[str, Any]) -> FitConfig:
     """A preset's recipe, overridden by a TOML table `[fit]`, overridden by the flags that were given (not None).
 
     Args:
         recipe: of the preset.
         table: fields of FitConfig.
         flags: fields of FitConfig, None for those not given.
-        device: where it runs, which decides what precision `auto` is.
 
     Raises:
         UsageError: an unknown key, or a value of another kind.
     """
-    kinds = {field.name: type(getattr(recipe, field.name)) for field in fields(FitConfig)}
-    for name, value in table.items():
-        if name not in kinds:
-            raise UsageError(
-                f"[fit]: unknown key {name!r}; expected one of {', '.join(kinds)}.{did_you_mean(name, kinds)}"
-            )
-        if type(value) is not kinds[name] and not (kinds[name] is float and type(value) is int):
-            raise UsageError(f"[fit] {name}: expected {kinds[name].__name__}, got {value!r}.")
+    _check_table(recipe, table, "fit")
     given = {name: value for name, value in flags.items() if value is not None}
     changed = replace(recipe, **{**table, **given})
-    changed = replace(changed, precision=resolved(changed.precision, device))
     if "warmup_steps" in table:
         return changed
     return replace(changed, warmup_steps=min(changed.warmup_steps, max(1, changed.steps // 10)))
 
 
+def _check_table(recipe: FitConfig, table: Mapping[str, Any], where: str) -> None:
+    kinds = {field.name: type(getattr(recipe, field.name)) for field in fields(FitConfig)}
+    for name, value in table.items():
+        if name not in kinds:
+            hint = (
+                "Tables of levels are for train-prior."
+                if isinstance(value, dict)
+                else did_you_mean(name, kinds).strip()
+            )
+            raise UsageError(f"[{where}]: unknown key {name!r}; expected one of {', '.join(kinds)}. {hint}".rstrip())
+        if type(value) is not kinds[name] and not (kinds[name] is float and type(value) is int):
+            raise UsageError(f"[{where}] {name}: expected {kinds[name].__name__}, got {value!r}.")
+
+
 def level_fits(
-    recipe: FitConfig, table: Mapping[str, Any], flags: Mapping[str, Any], levels: Sequence[str], device: str
+    recipe: FitConfig, table: Mapping[str, Any], flags: Mapping[str, Any], levels: Sequence[str]
 ) -> dict[str, FitConfig]:
     """`fit_config` for each level: a table `[fit.LEVEL]` goes over `[fit]`, and flags over both.
 
@@ -126,9 +130,17 @@ def level_fits(
     own = {name: value for name, value in table.items() if isinstance(value, dict)}
     for name in own:
         if name not in levels:
-            raise UsageError(f"[fit.{name}]: the levels are {', '.join(levels)}.{did_you_mean(name, levels)}")
+            known = ", ".join(map(repr, levels))
+            raise UsageError(f"[fit.{name}]: the levels are {known}.{did_you_mean(name, levels)}")
+        _check_table(recipe, own[name], f"fit.{name}")
     everywhere = {name: value for name, value in table.items() if name not in own}
-    return {level: fit_config(recipe, {**everywhere, **own.get(level, {})}, flags, device) for level in levels}
+    fits: dict[str, FitConfig] = {}
+    for level in levels:
+        try:
+            fits[level] = fit_config(recipe, {**everywhere, **own.get(level, {})}, flags)
+        except UsageError as error:
+            raise UsageError(f"level {level!r}: {error}" if level in own else str(error)) from error
+    return fits
 
 
 def shortened(recipe: FitConfig, table: Mapping[str, Any], fit: FitConfig, **lengths: tuple[int, int]) -> list[str]:

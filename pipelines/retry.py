@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +18,7 @@ from pipelines.corpus.problems import Problem, Reason
 from pipelines.corpus.samples import list_samples
 from vqmill.errors import CodesError, UsageError
 from vqmill.layout import quarantine_file
-from vqmill.places import Folder
+from vqmill.places import Place
 from vqmill.retries import hash_rows, hash_samples
 from vqmill.spec import Segment, StoreSpec
 from vqmill.store import Codes
@@ -50,7 +49,7 @@ def set_aside(table: pa.Table) -> list[SetAside]:
         raise CodesError(f"quarantine: {error}; the store was made by another vqmill. Use that one.") from error
 
 
-def tried_again(store: Path, spec: StoreSpec) -> list[SetAside]:
+def tried_again(store: Place, spec: StoreSpec) -> list[SetAside]:
     """The quarantine lines that retries of a store have taken up; no part behind them is read, for it may be lost.
 
     Raises:
@@ -59,7 +58,7 @@ def tried_again(store: Path, spec: StoreSpec) -> list[SetAside]:
     wanted = sum(segment.retries for segment in spec.segments)
     if not wanted:
         return []
-    codes = Codes(Folder(store), spec)
+    codes = Codes(store, spec)
     parts = [QUARANTINE_SCHEMA.empty_table()]
     for shard in range(spec.num_commits):
         if sum(part.num_rows for part in parts) < wanted:
@@ -67,7 +66,7 @@ def tried_again(store: Path, spec: StoreSpec) -> list[SetAside]:
     lines = pa.concat_tables(parts)
     if lines.num_rows < wanted:
         raise CodesError(
-            f"{store}: {lines.num_rows:,} samples are set aside, {wanted:,} were tried again. See: vqmill verify {store}"
+            f"{store.name}: {lines.num_rows:,} samples are set aside, {wanted:,} were tried again. See: vqmill verify {store.name}"
         )
     return set_aside(lines.slice(0, wanted))
 
@@ -161,12 +160,12 @@ def _require_same_names(plan: Plan, codes: Codes) -> None:
         number += 1
         if sample not in held:
             raise UsageError(
-                f"{plan.corpus}: holds {name}, which {codes.path} does not hold at this place. Samples are tried again in the corpus that they "
+                f"{plan.corpus}: holds {name}, which {codes.place.name} does not hold at this place. Samples are tried again in the corpus that they "
                 "were set aside in: its files may be restored, but none may come between them or go. Restore it, or make another store."
             )
     if number != len(there):
         raise UsageError(
-            f"{plan.corpus}: has {number:,} samples where {codes.path} has {len(there):,}. Name the whole corpus, as it was."
+            f"{plan.corpus}: has {number:,} samples where {codes.place.name} has {len(there):,}. Name the whole corpus, as it was."
         )
 
 

@@ -26,7 +26,6 @@ from pipelines.pictures import (
     check_picture,
     fits,
     good_scale,
-    image_grid,
     row_captions,
     save_picture,
     side_by_side,
@@ -39,7 +38,7 @@ from tokenizer.protocol import ImageTokenizer
 from vqmill import open_codes
 from vqmill.commits import Counts, Cursor
 from vqmill.errors import CodesError, UsageError
-from vqmill.files import canonical_json, write_whole
+from vqmill.files import canonical_json
 from vqmill.layout import smallest_codec
 from vqmill.spec import LevelSpec, Segment, StoreSpec, default_rows_per_shard
 from vqmill.tables import QUARANTINE_SCHEMA, SAMPLES_SCHEMA
@@ -64,10 +63,10 @@ class SampleOptions:
     top_p: float = 1.0
     guidance: float = 1.0
     candidates: int = 1
-    complete: Path | None = None
+    complete: str | Path | None = None
     rows: str | None = None
     keep: float | None = None
-    codes: Path | None = None
+    codes: str | Path | None = None
     columns: int | None = None
     batch_size: int = 64
     device: Device = "auto"
@@ -124,16 +123,16 @@ def sample(
     arrays = {name: values.numpy() for name, values in drawn.items()}
     images = decode_rows(model, arrays, options.batch_size)
     whole = None if asked.whole is None else decode_rows(model, asked.whole, options.batch_size)
-    save_picture(out, _picture(images, whole, asked, prior), settings)
-    words = ", ".join([_label_words(asked, prior), *_drawing_words(drawing)])
-    lines = [*asked.notes, f"made {out}: {asked.num} images, seed {options.seed}, {words}"]
+    words = ", ".join(
+        [f"seed {options.seed}", _label_words(asked, prior), *_drawing_words(drawing), *_kept_words(asked)]
+    )
+    save_picture(out, _picture(images, whole, asked, prior, words), settings)
+    lines = [*asked.notes, f"made {out}: {asked.num} images, {words}"]
     facts: dict[str, Any] = {"out": str(out), "seed": options.seed, "label": asked.label}
     if (codes := options.codes) is not None:
         _write_codes(codes, spec, arrays, asked.labels, images.shape[-1])
-        write_whole(
-            run_file(codes),
-            canonical_json(run_record(**tokenizer_place(tokenizer_path, module, codes), settings=settings)),
-        )
+        record = run_record(**tokenizer_place(tokenizer_path, module, codes), settings=settings)
+        run_file(codes).write(canonical_json(record))
         lines.append(f"made {codes}: {asked.num} rows")
         facts["codes"] = str(codes)
     return Result(lines, Counts(encoded=asked.num), asked.num, facts)
@@ -153,6 +152,10 @@ def _drawing_words(drawing: priors.Drawing) -> list[str]:
     """What differs from the model as it is."""
     plain = asdict(priors.Drawing())
     return [f"{name} {value:g}" for name, value in asdict(drawing).items() if value != plain[name]]
+
+
+def _kept_words(asked: _Asked) -> list[str]:
+    return [] if asked.source is None else ["the upper {} of {} rows of codes kept".format(*asked.source["kept"])]
 
 
 def each_layout(num_classes: int, num: int | None) -> tuple[int, int]:
@@ -203,7 +206,7 @@ def _draws(prior: priors.Prior, options: SampleOptions) -> _Asked:
     return _Asked(num, label, _labels(label, num, num_classes), options.columns or columns, notes)
 
 
-def _completions(prior: priors.Prior, place: Path, store: Path, options: SampleOptions) -> _Asked:
+def _completions(prior: priors.Prior, place: Path, store: str | Path, options: SampleOptions) -> _Asked:
     """Rows of a store, of each of whose grids the upper part is kept.
 
     Raises:
@@ -214,10 +217,9 @@ def _completions(prior: priors.Prior, place: Path, store: Path, options: SampleO
     if options.num is not None:
         raise UsageError("--num: with --complete, as many images are made as --rows chooses; leave one of them out.")
     keep = 0.5 if options.keep is None else options.keep
-    height = prior.config.levels[0].grid[
-        0
-    ]  # coarse codes decide, so that no finer one is kept under a coarse one that is drawn
-    kept = round(keep * height)
+    # Coarse codes decide, so that no finer one is kept under a coarse one that is drawn.
+    height = prior.config.levels[0].grid[0]
+    kept = round(keep * height) if 0 < keep < 1 else 0
     if not 0 < kept < height:
         raise UsageError(
             f"--keep {keep:g}: would keep {kept} of the {height} rows of level '{prior.levels[0]}', so that nothing is left to "
@@ -240,29 +242,26 @@ def _completions(prior: priors.Prior, place: Path, store: Path, options: SampleO
     return _Asked(len(rows), label, labels, columns, notes, given, whole, source, captions)
 
 
-def _picture(images: Pixels, whole: Pixels | None, asked: _Asked, prior: priors.Prior) -> Image.Image:
-    """A grid of the images with their classes, or beside what they were completed from."""
+def _picture(images: Pixels, whole: Pixels | None, asked: _Asked, prior: priors.Prior, words: str) -> Image.Image:
+    """A grid of the images with their classes, or beside what they were completed from; `words` say how they were drawn."""
     columns, scale, names = asked.columns, good_scale(images.shape[-1]), prior.class_names
     if whole is not None and asked.source is not None:
         kept, height = asked.source["kept"]
         upper = whole.copy()
         upper[:, :, kept * whole.shape[2] // height :] = 128
-        named = "completed" if asked.label is None else f"completed: {_label_words(asked, prior)}"
-        panels = [Panel("whole", whole, asked.captions), Panel("kept", upper), Panel(named, images)]
+        panels = [Panel("decoded", whole, asked.captions), Panel("kept", upper), Panel(f"completed: {words}", images)]
         return side_by_side(panels, columns, scale)
-    if asked.label is None:
-        return image_grid(images, columns, scale)
-    title, num_classes = _label_words(asked, prior), prior.config.num_classes
     if asked.label != EACH:
-        return side_by_side([Panel(title, images)], columns, scale)
+        return side_by_side([Panel(words, images)], columns, scale)
+    num_classes = prior.config.num_classes
     side = scale * images.shape[-1]
     headings = [
         heading(number % num_classes, names, lambda name: fits(name, side))
         for number in range(max(columns, len(images)))
     ]
     if columns % num_classes == 0:
-        return side_by_side([Panel(title, images, headings=headings[:columns])], columns, scale)
-    return side_by_side([Panel(title, images, [[name] for name in headings[: len(images)]])], columns, scale)
+        return side_by_side([Panel(words, images, headings=headings[:columns])], columns, scale)
+    return side_by_side([Panel(words, images, [[name] for name in headings[: len(images)]])], columns, scale)
 
 
 def _label(text: str | None, prior: priors.Prior) -> tuple[str | None, list[str]]:
@@ -299,7 +298,7 @@ def _spec(prior: priors.Prior, model: ImageTokenizer, settings: dict[str, Any]) 
 
 
 def _write_codes(
-    path: Path, spec: StoreSpec, codes: dict[str, np.ndarray[Any, Any]], labels: torch.Tensor | None, side: int
+    path: str | Path, spec: StoreSpec, codes: dict[str, np.ndarray[Any, Any]], labels: torch.Tensor | None, side: int
 ) -> None:
     number = len(next(iter(codes.values())))
     with StoreWriter(path, spec) as writer:

@@ -88,7 +88,13 @@ class _Job:
 
 
 def score(
-    prior_path: Path, store: Path, out: Path, options: ScoreOptions, *, tokenizer_path: Path | None, module: str | None
+    prior_path: Path,
+    store: str | Path,
+    out: Path,
+    options: ScoreOptions,
+    *,
+    tokenizer_path: Path | None,
+    module: str | None,
 ) -> Result:
     """Runs the command; see `vqmill score --help`."""
     if options.batch_size < 1:
@@ -125,7 +131,13 @@ def score(
             write_whole(place.folder / RUN_FILE, canonical_json(run))
             write_whole(place.folder / SCORE_FILE, canonical_json(record))
             place.finish()
-    return _result(out, already=place.finished)
+    result = score_result(out)
+    if place.finished:
+        result.lines.insert(0, f"{out}: already scored with these settings; nothing to do.")
+    result.lines.append(
+        f"made {', '.join(str(out / name) for name in (TABLE_FILE, MAPS_FOLDER, PICTURE_FILE, SCORE_FILE))}"
+    )
+    return result
 
 
 def _write(job: _Job, folder: Path) -> dict[str, Any]:
@@ -145,6 +157,7 @@ def _write(job: _Job, folder: Path) -> dict[str, Any]:
         "bits": float(total.mean()), "bits_deviation": float(total.std()), "bits_per_code": float(table["bits_per_code"].mean()),
         "training": _training_records(job, table), "labels": _label_records(job, total), "notes": job.notes,
         "least_likely": _named(job, table, least), "most_likely": _named(job, table, most),
+        "oddest_of_label": _named(job, table, np.argsort(-np.nan_to_num(table["label_z"], nan=-math.inf), kind="stable")[: job.options.num]),
     }  # fmt: skip
 
 
@@ -189,7 +202,7 @@ def _bits_per_code(job: _Job, start: int, end: int) -> dict[str, np.ndarray[Any,
     for name, values in bits.items():
         if not (values <= np.finfo(np.float16).max).all():
             raise CodesError(
-                f"{job.codes.path}: level '{name}' costs {values.max():g} bits a code somewhere in rows {first}..{last - 1}: the prior "
+                f"{job.codes.place.name}: level '{name}' costs {values.max():g} bits a code somewhere in rows {first}..{last - 1}: the prior "
                 f"{job.prior.fingerprint} has diverged. Train it again, with a smaller --learning-rate."
             )
     return bits
@@ -288,17 +301,17 @@ def _named(job: _Job, table: Mapping[str, np.ndarray[Any, Any]], places: np.ndar
     keys = job.codes.samples_at(rows)["key"].to_pylist()
     return [
         {"row": int(row), "key": key, "label": int(job.labels[place]), "name": name_of(int(job.labels[place]), job.class_names),
-         "trained_on": trained[int(job.trained[place])], "bits": float(table["bits"][place]), "z": float(table["z"][place])}
+         "trained_on": trained[int(job.trained[place])], "bits": float(table["bits"][place]), "z": float(table["z"][place]),
+         "label_z": None if np.isnan(table["label_z"][place]) else float(table["label_z"][place])}
         for row, key, place in zip(rows, keys, places, strict=True)
     ]  # fmt: skip
 
 
-def _result(out: Path, *, already: bool) -> Result:
-    """What the record says, so that a repeated command says the same."""
+def score_result(out: Path) -> Result:
+    """What the record says, so that a repeated command says the same, and `inspect`."""
     record = json.loads((out / SCORE_FILE).read_bytes())
     first, stop = record["row_range"]
-    lines = [f"{out}: already scored with these settings; nothing to do."] if already else []
-    lines += record["notes"]
+    lines = [*record["notes"]]
     lines.append(
         f"{record['place']} (prior {record['prior']}) on {record['store']}: {stop - first:,} rows, {first}..{stop - 1}"
     )
@@ -317,12 +330,16 @@ def _result(out: Path, *, already: bool) -> Result:
         for side in sides
         if len(sides) > 1 or side["trained_on"] is not None  # else a note has said that it is not known
     ]
-    lines.append("least likely:")
-    for entry in record["least_likely"][:LISTED]:
-        label = entry["label"]
-        words = "" if label == MISSING_LABEL else f", {label_words(label, entry.get('name', ''))}"
-        if (known := entry.get("trained_on")) is not None:
-            words += f", {TRAINING_WORDS[known]}"
-        lines.append(f"  row {entry['row']}: {entry['key']}{words}: {entry['bits']:,.1f} bits, z {entry['z']:+.2f}")
-    lines.append(f"made {', '.join(str(out / name) for name in (TABLE_FILE, MAPS_FOLDER, PICTURE_FILE, SCORE_FILE))}")
+    lines += ["least likely:", *map(_entry_line, record["least_likely"][:LISTED])]
+    if odd := [entry for entry in record["oddest_of_label"][:LISTED] if entry["label_z"] is not None]:
+        lines += ["least likely beside others of their label:", *map(_entry_line, odd)]
     return Result(lines, Counts(encoded=stop - first), stop - first, record | {"out": str(out)})
+
+
+def _entry_line(entry: Mapping[str, Any]) -> str:
+    label = entry["label"]
+    words = "" if label == MISSING_LABEL else f", {label_words(label, entry['name'])}"
+    if entry["trained_on"] is not None:
+        words += f", {TRAINING_WORDS[entry['trained_on']]}"
+    among = "" if entry["label_z"] is None else f", label_z {entry['label_z']:+.2f}"
+    return f"  row {entry['row']}: {entry['key']}{words}: {entry['bits']:,.1f} bits, z {entry['z']:+.2f}{among}"

@@ -15,10 +15,11 @@ import pyarrow.compute as pc
 from vqmill.commits import Commit, Counts
 from vqmill.errors import CodesError
 from vqmill.files import canonical_json
-from vqmill.layout import commit_file, group_metadata, label_column, quarantine_file, read_spec, samples_file
+from vqmill.layout import group_metadata, label_column, quarantine_file, read_spec, samples_file
 from vqmill.spec import MISSING_LABEL
 from vqmill.store import Codes
 from vqmill.tables import QUARANTINE_SCHEMA, SAMPLES_SCHEMA
+from vqmill.writer import read_commits
 
 SPAN_ROWS = 256  # rows of a span, in which the cursor of a copy counts
 IDENTITY = ("input_shard", "index", "key", "source")  # rows that follow each other with these equal are of one sample
@@ -120,9 +121,9 @@ class Source:
         Raises:
             CodesError: it was.
         """
-        if read_spec(self.codes.path) != self.codes.spec:
+        if read_spec(self.codes.place) != self.codes.spec:
             raise CodesError(
-                f"{self.codes.path}: changed while it was copied. Remove the output, which may hold parts of both states, and run the "
+                f"{self.codes.place.name}: changed while it was copied. Remove the output, which may hold parts of both states, and run the "
                 "command again when no job writes this store."
             )
 
@@ -146,7 +147,7 @@ def whole_store(codes: Codes, progress: Callable[[int, int], None]) -> Source:
     more = sum(commit.counts.encoded for commit in commits) - int(found.encoded.sum())
     if more < 0:
         raise CodesError(
-            f"{codes.path}: its commit records count {-more:,} samples fewer than its samples table holds. See: vqmill verify {codes.path}"
+            f"{codes.place.name}: its commit records count {-more:,} samples fewer than its samples table holds. See: vqmill verify {codes.place.name}"
         )
     found.encoded[-1] += more
     carried: dict[int, tuple[Carried, ...]] = {}
@@ -257,7 +258,7 @@ def _parts(rows: range, size: int) -> Iterator[range]:
 
 
 def _commits(codes: Codes) -> list[Commit]:
-    return [Commit.read(codes.path / commit_file(shard)) for shard in range(codes.spec.num_commits)]
+    return read_commits(codes.place, range(codes.spec.num_commits))
 
 
 def _digest(codes: Codes, commits: list[Commit], selection: dict[str, Any]) -> str:

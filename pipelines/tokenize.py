@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 from pipelines.assembly import ArrivedSpan, extend, mend
 from pipelines.cluster import ray_cluster
@@ -24,7 +23,8 @@ from pipelines.outputs import require_room
 from pipelines.spans import Encoders
 from tokenizer.protocol import ImageTokenizer, level_specs
 from vqmill.commits import Counts, Cursor, counts_of
-from vqmill.layout import read_spec
+from vqmill.layout import find_spec
+from vqmill.places import Place, Where, place_of
 from vqmill.spec import Segment, StoreSpec, default_rows_per_shard, usable_rows_per_shard
 from vqmill.store import open_codes
 from vqmill.writer import StoreWriter
@@ -118,7 +118,7 @@ def _preprocessing(model: ImageTokenizer, options: TokenizeOptions) -> Preproces
 def tokenize_corpus(
     plan: Plan,
     model: ImageTokenizer,
-    out: Path,
+    out: Where,
     options: TokenizeOptions,
     progress: Callable[[int, int, str], None],
     started: Callable[[], None] = lambda: None,
@@ -130,7 +130,7 @@ def tokenize_corpus(
     Args:
         plan: the corpus.
         model: the tokenizer.
-        out: the store's folder.
+        out: the store's folder or address.
         options: see there.
         progress: called with (samples done, samples in all, a note).
         started: called when there is work, before it begins.
@@ -142,20 +142,21 @@ def tokenize_corpus(
         RunFailed: an input shard keeps killing its worker, or a worker failed otherwise.
     """
     start = time.monotonic()
-    found = read_spec(out) if (out / "zarr.json").exists() else None
-    job = planned_job(plan, out, found, retry=retry)
+    place = place_of(out)
+    found = find_spec(place)
+    job = planned_job(plan, place, found, retry=retry)
     parts = job.parts
     if found:
-        job.require_same(out, found, store_spec(parts[-1], model, options), parts[-1])
+        job.require_same(place, found, store_spec(parts[-1], model, options), parts[-1])
     # A ragged Zarr shard is written anew beside the old one.
     kept = found.num_rows - found.num_rows % found.rows_per_shard if found else 0
     row_bytes = store_spec(plan, model, options).row_bytes + SAMPLE_BYTES
-    require_room(out, max(0, parts[-1].num_samples - kept) * row_bytes)
+    require_room(place, max(0, parts[-1].num_samples - kept) * row_bytes)
     worked = not (found and found.complete and len(parts[-1].shards) == found.segments[-1].input_shards)
     if worked:
         started()
-    outcomes = [_carry_out(part, model, out, options, progress, job) for part in parts]
-    codes = open_codes(out)
+    outcomes = [_carry_out(part, model, place, options, progress, job) for part in parts]
+    codes = open_codes(place)
     quarantine = codes.quarantine()
     reasons = Counter(str(reason) for reason in quarantine["reason"].to_pylist())
     resumed, last = found.num_rows if found else 0, codes.spec.segments[-1]
@@ -186,14 +187,14 @@ class _Outcome:
 def _carry_out(
     plan: Plan,
     model: ImageTokenizer,
-    out: Path,
+    out: Place,
     options: TokenizeOptions,
     progress: Callable[[int, int, str], None],
     job: Job,
 ) -> _Outcome:
     """Brings a plan to its end, unless it is there already."""
     spec = store_spec(plan, model, options)
-    found = read_spec(out) if (out / "zarr.json").exists() else None
+    found = find_spec(out)
     with StoreWriter(out, job.require_same(out, found, spec, plan) if found else spec) as writer:
         if found and job.retries:
             writer.grow(plan.digest, len(plan.shards), plan.num_samples, found.corpus, job.retries)
@@ -206,7 +207,7 @@ def _carry_out(
                 _run(plan, model, writer, mended, options, progress)
             if writer.counts.seen != plan.num_samples:
                 raise RunFailed(
-                    f"{out}: {plan.num_samples:,} samples were planned, {writer.counts.seen:,} came out; the store is left unfinished."
+                    f"{out.name}: {plan.num_samples:,} samples were planned, {writer.counts.seen:,} came out; the store is left unfinished."
                 )
             writer.finish()
         return _Outcome(counts_of(writer.spec, writer.commits), mended)

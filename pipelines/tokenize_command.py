@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -23,15 +24,16 @@ from pipelines.results import Result
 from pipelines.tokenize import TokenizeOptions, TokenizeResult, store_spec, tokenize_corpus
 from tokenizer.protocol import ImageTokenizer, level_specs
 from vqmill.errors import CodesError, UsageError
-from vqmill.files import canonical_json, write_whole
-from vqmill.layout import read_spec
+from vqmill.files import canonical_json
+from vqmill.layout import find_spec
+from vqmill.places import FileAt, Folder, Where, place_of
 from vqmill.spec import MOST_ROWS_PER_SHARD, LevelSpec
 
 LISTED = 10
 
 
 def tokenize(
-    corpus: str, tokenizer_path: Path | None, out: Path, *, module: str | None, size: int | None, workers: int | None, batch_size: int, shard_rows: int | None,
+    corpus: str, tokenizer_path: Path | None, out: str | Path, *, module: str | None, size: int | None, workers: int | None, batch_size: int, shard_rows: int | None,
     codec: Codec, precision: Precision, device: Device, dry_run: bool, limit: int | None = None,
     retry_quarantined: bool = False,
 ) -> Result:  # fmt: skip
@@ -60,6 +62,7 @@ def tokenize(
         workers or default_workers(chosen), chosen,
     )  # fmt: skip
     refuse_inside(out, corpus)
+    place_of(out)  # an address that holds a secret is refused before it can be recorded
     plan = planned(corpus)
     if limit is not None:
         plan = plan.first_samples(limit)
@@ -69,14 +72,15 @@ def tokenize(
     def record(**outcome: Any) -> None:
         place = tokenizer_place(tokenizer_path, module, out)
         facts = run_record(corpus=corpus, **place, workers=options.workers, device=chosen, **outcome)
-        write_whole(run_file(out), canonical_json(facts))
+        run_file(out).write(canonical_json(facts))
 
     with meter("tokenizing", "samples") as show:
         # Said at the beginning, too: who finds an unfinished store looks there for the command that finishes it.
         made = tokenize_corpus(plan, model, out, options, show, started=record, retry=retry_quarantined)
     if made.did_something or not run_file(out).exists():
         record(rows=made.rows, counts=asdict(made.counts), seconds=made.seconds)
-    lines = _made_lines(out, levels, made)
+    size = disk_bytes(out)
+    lines = _made_lines(out, levels, made, size)
     lines += _retry_lines(made) if retry_quarantined else []
     if made.appended_rows:
         lines.append(f"appended: {made.appended_rows:,} rows, behind the {made.rows - made.appended_rows:,} of before")
@@ -96,17 +100,17 @@ def tokenize(
     facts = {
         "out": str(out),
         "resumed_rows": made.resumed_rows,
-        "disk_bytes": disk_bytes(out),
+        "store_bytes": size,
         "appended_rows": made.appended_rows,
         "mended_shards": list(made.mended),
         "reasons": made.reasons,
         "retried": made.retried,
         "fingerprint": model.fingerprint,
     }
-    return Result(lines, made.counts, made.rows, facts, quarantine=str(out / "quarantine"))
+    return Result(lines, made.counts, made.rows, facts, quarantine=f"{out}/quarantine")
 
 
-def _made_lines(out: Path, levels: Iterable[LevelSpec], made: TokenizeResult) -> list[str]:
+def _made_lines(out: str | Path, levels: Iterable[LevelSpec], made: TokenizeResult, size: int) -> list[str]:
     """What is there, and what this run did for it."""
     new = made.rows - made.resumed_rows
     run = "nothing to do: it was finished before"
@@ -114,7 +118,7 @@ def _made_lines(out: Path, levels: Iterable[LevelSpec], made: TokenizeResult) ->
         run = f"this run: {new:,} rows in {made.seconds:,.1f} s, start-up included ({new / made.seconds:,.0f} rows/s)"
         run += f"; {made.resumed_rows:,} rows were committed before" if made.resumed_rows else ""
     return [
-        f"{out}: {made.rows:,} rows of {_grids(levels)}; {disk_bytes(out) / 1e6:,.2f} MB on disk, "
+        f"{out}: {made.rows:,} rows of {_grids(levels)}; {size / 1e6:,.2f} MB on disk, "
         f"{made.counts.quarantined:,} samples quarantined",
         run,
     ]
@@ -136,10 +140,11 @@ def _retry_lines(made: TokenizeResult) -> list[str]:
     return lines
 
 
-def next_command(out: Path, levels: Iterable[LevelSpec]) -> str:
+def next_command(out: str | Path, levels: Iterable[LevelSpec]) -> str:
     """What to do with a new store: train a prior, where its levels are such as priors model."""
     flat = all(len(level.grid) == 2 for level in levels)
-    return f"vqmill train-prior {out} --out DIR" if flat else f"vqmill inspect {out}"
+    place = shlex.quote(str(out))
+    return f"vqmill train-prior {place} --out DIR" if flat else f"vqmill inspect {place}"
 
 
 def _grids(levels: Iterable[LevelSpec]) -> str:
@@ -148,27 +153,31 @@ def _grids(levels: Iterable[LevelSpec]) -> str:
     )
 
 
-def run_file(store: Path) -> Path:
+def run_file(store: Where) -> FileAt:
     """The record beside a store: when, where and how it was made. Not inside, where it would differ from run to run."""
-    return store.with_name(store.name + ".run.json")
+    place = place_of(store)
+    return FileAt(place.beside(), f"{place.base}.run.json")
 
 
-def tokenizer_place(path: Path | None, module: str | None, store: Path) -> dict[str, str | None]:
+def tokenizer_place(path: Path | None, module: str | None, store: Where) -> dict[str, str | None]:
     """What the record beside a store says of where its tokenizer is."""
     return {"tokenizer": relative_to_store(path, store)} if path else {"tokenizer_module": module}
 
 
-def recorded_tokenizer(store: Path) -> Path:
+def recorded_tokenizer(store: Where) -> Path:
     """The tokenizer's folder, as recorded beside a store.
 
     Raises:
         UsageError: no record.
     """
     path = run_file(store)
-    if not path.is_file():
-        raise UsageError(f"{path} is not there, so the tokenizer's place is not known. Name it with --tokenizer DIR.")
+    folder = path.place.path if isinstance(path.place, Folder) else Path()
     try:
-        place = store.parent / json.loads(path.read_bytes())["tokenizer"]
+        place = folder / json.loads(path.read_bytes())["tokenizer"]
+    except FileNotFoundError as error:
+        raise UsageError(
+            f"{path} is not there, so the tokenizer's place is not known. Name it with --tokenizer DIR."
+        ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"{path}: does not say where the tokenizer is ({error!r}). Name its folder with --tokenizer DIR."
@@ -180,14 +189,22 @@ def recorded_tokenizer(store: Path) -> Path:
     return place
 
 
-def relative_to_store(tokenizer_path: Path, store: Path) -> str:
-    """The tokenizer's place as seen from the store's folder, so that both can be moved together."""
-    return os.path.relpath(tokenizer_path.absolute(), store.absolute().parent)
+def relative_to_store(what: Where, store: Where) -> str:
+    """A tokenizer's or another store's place as seen from a store's folder, so that both can be moved together.
+
+    Its address, or its absolute path, when one of the two lies in a bucket.
+    """
+    place, folder = place_of(what), place_of(store).beside()
+    if not isinstance(place, Folder):
+        return place.name
+    path = place.path.absolute()
+    return os.path.relpath(path, folder.path.absolute()) if isinstance(folder, Folder) else str(path)
 
 
-def _dry_run(plan: Plan, model: ImageTokenizer, out: Path, options: TokenizeOptions, *, retry: bool) -> Result:
-    found = read_spec(out) if (out / "zarr.json").exists() else None
-    job = planned_job(plan, out, found, retry=retry)
+def _dry_run(plan: Plan, model: ImageTokenizer, out: str | Path, options: TokenizeOptions, *, retry: bool) -> Result:
+    place = place_of(out)
+    found = find_spec(place)
+    job = planned_job(plan, place, found, retry=retry)
     plan = job.parts[-1]
     spec = store_spec(plan, model, options)
     raw = plan.num_samples * spec.row_bytes

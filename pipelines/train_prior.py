@@ -18,6 +18,7 @@ from pipelines.cluster import ray_cluster
 from pipelines.fit import Batch, FitConfig, Stream
 from pipelines.options import TENSORBOARD_FOLDER, FitFlags, choose_device
 from pipelines.outputs import RUN_FILE, OutputFolder, refuse_inside, require_room, run_record
+from pipelines.precision import resolved
 from pipelines.prior_inputs import BASELINE_CODES, evenly, level_shapes, num_classes, split_rows
 from pipelines.recipes import PRIOR_RECIPES, level_fits, read_tables, shortened
 from pipelines.results import Result, say
@@ -28,10 +29,12 @@ from vqmill.commits import Counts
 from vqmill.errors import CodesError, UsageError
 from vqmill.files import canonical_json, write_whole
 from vqmill.loader import CodeBatches
-from vqmill.settings import did_you_mean
+from vqmill.places import Place
+from vqmill.settings import did_you_mean, refuse_other_settings
 
 EVALUATION_LIMIT = 4096  # held-out samples that an evaluation looks at
 ALL_LEVELS = "all"
+FIT_FILE = "fit.json"  # in a level's working folder: its recipe
 POOR_SHARE = 0.25  # of the bits of a code that is used evenly; with fewer a prior is hardly worth training
 
 
@@ -64,7 +67,7 @@ def to_tensors(batch: Mapping[str, np.ndarray[Any, Any]]) -> Batch:
 class PriorJob:
     """The training of one level, ready to be sent to any machine that sees the store."""
 
-    store: Path
+    store: Place
     level: str
     config: priors.PriorConfig
     fit: FitConfig
@@ -104,7 +107,7 @@ class PriorJob:
 
 
 def train_prior(
-    store: Path, out: Path, *, preset: str, config: Path | None, level: str, holdout: float, flags: FitFlags
+    store: str | Path, out: Path, *, preset: str, config: Path | None, level: str, holdout: float, flags: FitFlags
 ) -> Result:
     """Runs the command; see `vqmill train-prior --help`."""
     tables = read_tables(config, ("prior", "fit"))
@@ -126,7 +129,7 @@ def train_prior(
     recipe = PRIOR_RECIPES[preset]
     flags.check()
     device = choose_device(flags.device)
-    fits = level_fits(recipe, tables["fit"], flags.fit(), codes.levels, device)
+    fits = level_fits(recipe, tables["fit"], flags.fit(), codes.levels)
     for fit in fits.values():
         fit.rank_batch(flags.workers)
     settings = {
@@ -134,17 +137,18 @@ def train_prior(
         "store": codes.spec.settings(),
         "rows": len(codes),
         "prior": prior_config.to_dict(),
-        "fit": {name: asdict(fit) for name, fit in fits.items()},
         "holdout": holdout,
     }
     with torch.device("meta"):
         require_room(out, 8 * 4 * priors.Prior(prior_config).num_parameters)
-    jobs = {name: PriorJob(store.absolute(), name, prior_config, fits[name], holdout) for name in codes.levels}
+    asked = codes.levels if level == ALL_LEVELS else (level,)
     with OutputFolder(out, settings) as place:
         already = place.finished
+        fits = _with_recorded(place, fits, asked, device)
+        jobs = {name: PriorJob(codes.place, name, prior_config, fits[name], holdout) for name in codes.levels}
         if not already:
-            say(_notes(recipe, tables["fit"], fits))
-            wanted = [name for name in jobs if level in (ALL_LEVELS, name) or (place.work / name / FINAL_FILE).exists()]
+            say(_notes(recipe, tables["fit"], {name: fits[name] for name in asked}))
+            wanted = [name for name in jobs if name in asked or (place.work / name / FINAL_FILE).exists()]
             with ray_cluster(flags.workers, device) if flags.workers > 1 else nullcontext():  # one Ray for all levels
                 trained = {name: _train_level(jobs[name], place, flags, device) for name in wanted}
             if missing := [name for name in jobs if name not in trained]:
@@ -154,7 +158,7 @@ def train_prior(
                 priors.PriorStep(prior, name).load_state_dict(found.tensors)
             priors.save(prior, place.folder)
             record = run_record(
-                store=str(store), settings=settings, workers=flags.workers, device=device, fingerprint=prior.fingerprint,
+                store=str(store), settings=settings | {"fit": {name: asdict(fit) for name, fit in fits.items()}}, workers=flags.workers, device=device, fingerprint=prior.fingerprint,
                 parameters=prior.num_parameters, evaluation={name: found.evaluation for name, found in trained.items()}, rows=len(codes),
             )  # fmt: skip
             write_whole(place.folder / RUN_FILE, canonical_json(record))
@@ -164,14 +168,49 @@ def train_prior(
 
 def _notes(recipe: FitConfig, table: Mapping[str, Any], fits: Mapping[str, FitConfig]) -> list[str]:
     """What a short run has cut, once for all levels that it holds for."""
-    lines = [shortened(recipe, {**table, **table.get(name, {})}, fit) for name, fit in fits.items()]
-    return list(dict.fromkeys(line for found in lines for line in found))
+    notes = {name: shortened(recipe, {**table, **table.get(name, {})}, fit) for name, fit in fits.items()}
+    same = len(set(map(tuple, notes.values()))) == 1
+    if same:
+        return next(iter(notes.values()))
+    return [f"level {name}: {line}" for name, lines in notes.items() for line in lines]
+
+
+def _with_recorded(
+    place: OutputFolder, fits: Mapping[str, FitConfig], asked: Iterable[str], device: str
+) -> dict[str, FitConfig]:
+    """The recipe of each level: that with which it was trained before, or began to be; else that of `fits`.
+
+    Raises:
+        UsageError: a level that is asked for was trained otherwise; each may have its own recipe, but only one.
+    """
+    if place.finished:
+        found = json.loads((place.out / RUN_FILE).read_bytes())["settings"]["fit"]
+    else:
+        files = {name: place.work / name / FIT_FILE for name in fits}
+        found = {name: json.loads(file.read_bytes()) for name, file in files.items() if file.exists()}
+    fits = {
+        name: replace(fit, precision=resolved(fit.precision, device, found.get(name, {}).get("precision")))
+        for name, fit in fits.items()
+    }
+    both = found.keys() & set(asked)
+    there = {"fit": {name: found[name] for name in both}}
+    now = {"fit": {name: asdict(fits[name]) for name in both}}
+    advice = "Repeat its settings, choose another --out, or remove it. With --level the flags are of that level alone."
+    refuse_other_settings(str(place.out if place.finished else place.folder), there, now, advice)
+    return fits | {name: FitConfig(**values) for name, values in found.items()}
 
 
 def _train_level(job: PriorJob, place: OutputFolder, flags: FitFlags, device: str) -> Trained:
     """Trains one level, or finds it trained; its evaluation has the baselines beside it."""
     work = place.work / job.level
     work.mkdir(exist_ok=True)
+    write_whole(work / FIT_FILE, canonical_json(asdict(job.fit)))
+    kept, held_out = split_rows(open_codes(job.store), job.holdout_fraction)
+    say(
+        [
+            f"level {job.level}: {len(kept):,} rows to train on, {len(held_out):,} held out; {job.fit.steps:,} steps of {job.fit.batch_size}, {job.fit.precision}"
+        ]
+    )
     crude = _baselines(open_codes(job.store), job)
     if crude["unigram_bits_per_code"] < POOR_SHARE * crude["uniform_bits_per_code"]:
         say([_poor(job.level, crude)])
@@ -214,6 +253,15 @@ def _report(out: Path, *, already: bool) -> Result:
     record = json.loads((out / RUN_FILE).read_bytes())
     lines = [f"{out}: already trained with these settings; nothing to do."] if already else []
     lines.append(f"prior {record['fingerprint']}: {record['parameters']:,} parameters")
+    lines += result_lines(record)
+    lines.append(f"made {out / priors.FILE_NAME}")
+    facts = {"out": str(out), "fingerprint": record["fingerprint"], "evaluation": record["evaluation"]}
+    return Result(lines, Counts(encoded=record["rows"]), record["rows"], facts)
+
+
+def result_lines(record: Mapping[str, Any]) -> list[str]:
+    """How good the levels came out, as the run's own record says."""
+    lines: list[str] = []
     for name in (level["name"] for level in record["settings"]["prior"]["levels"]):
         found = record["evaluation"][name]
         known = {key: found[f"{key}_bits_per_code"] for key in ("uniform", "unigram", "bigram")}
@@ -223,6 +271,4 @@ def _report(out: Path, *, already: bool) -> Result:
             lines.append(
                 f"level {name}: it knows less than its codes' left neighbours say (bigram): train for more --steps"
             )
-    lines.append(f"made {out / priors.FILE_NAME}")
-    facts = {"out": str(out), "fingerprint": record["fingerprint"], "evaluation": record["evaluation"]}
-    return Result(lines, Counts(encoded=record["rows"]), record["rows"], facts)
+    return lines

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ from pipelines.corpus.stream import TrainingStream
 from pipelines.corpus.walk import holdout_batches
 from pipelines.fit import Batch, FitConfig, Stream
 from pipelines.options import TENSORBOARD_FOLDER, FitFlags, choose_device
-from pipelines.outputs import RUN_FILE, OutputFolder, refuse_inside, require_room, run_record
+from pipelines.outputs import RUN_FILE, OutputFolder, recorded_settings, refuse_inside, require_room, run_record
 from pipelines.pictures import Panel, code_panels, good_scale, save_picture, side_by_side
 from pipelines.planning import planned
+from pipelines.precision import resolved
 from pipelines.recipes import TOKENIZER_RECIPES, fit_config, read_tables, shortened
 from pipelines.results import Result, say
 from pipelines.train import Task, run_job
@@ -92,7 +93,9 @@ def train_tokenizer(
 ) -> Result:
     """Runs the command; see `vqmill train-tokenizer --help`."""
     refuse_inside(out, corpus)
-    job, device, notes = _plan_job(corpus, preset=preset, config=config, size=size, holdout=holdout, flags=flags)
+    job, device, notes = _plan_job(
+        corpus, preset=preset, config=config, size=size, holdout=holdout, flags=flags, begun=recorded_settings(out)
+    )
     settings = {
         "command": "train-tokenizer",
         "plan": job.plan.digest,
@@ -131,7 +134,14 @@ def train_tokenizer(
 
 
 def _plan_job(
-    corpus: str, *, preset: str, config: Path | None, size: int | None, holdout: float, flags: FitFlags
+    corpus: str,
+    *,
+    preset: str,
+    config: Path | None,
+    size: int | None,
+    holdout: float,
+    flags: FitFlags,
+    begun: Mapping[str, Any],
 ) -> tuple[TokenizerJob, str, list[str]]:
     """The job, the device, and what is to be said about a short run."""
     tables = read_tables(config, ("tokenizer", "fit"))
@@ -142,7 +152,8 @@ def _plan_job(
     recipe = TOKENIZER_RECIPES[preset]
     flags.check()
     device = choose_device(flags.device)
-    fit = fit_config(recipe, tables["fit"], flags.fit(), device)
+    fit = fit_config(recipe, tables["fit"], flags.fit())
+    fit = replace(fit, precision=resolved(fit.precision, device, begun.get("fit", {}).get("precision")))
     fit.rank_batch(flags.workers)
     if model_config.frames > 1:
         raise UsageError(
@@ -218,13 +229,24 @@ def _rows(problems: Mapping[str, Problem]) -> dict[str, dict[str, str]]:
 def _report(out: Path, *, already: bool) -> Result:
     """What the run's own record says, so that a repeated command says the same."""
     record = json.loads((out / RUN_FILE).read_bytes())
-    evaluation = record["evaluation"]
     counts = Counts(**record["counts"])
     lines = [f"{out}: already trained with these settings; nothing to do."] if already else []
-    lines.append(
-        f"tokenizer {record['fingerprint']}: {record['parameters']:,} parameters; held out: normalised MSE {evaluation['nmse']:.4f}, "
-        f"PSNR {evaluation['psnr']:.2f} dB"
-    )
+    lines.append(f"tokenizer {record['fingerprint']}: {record['parameters']:,} parameters; {result_lines(record)[0]}")
+    lines += result_lines(record)[1:]
+    lines.append(f"made {out / tokenizer.FILE_NAME} and {out / PICTURE_FILE}")
+    facts = {
+        "out": str(out),
+        "fingerprint": record["fingerprint"],
+        "steps": record["settings"]["fit"]["steps"],
+        **record["evaluation"],
+    }
+    return Result(lines, counts, 0, facts, quarantine=str(out / QUARANTINE_FILE))
+
+
+def result_lines(record: Mapping[str, Any]) -> list[str]:
+    """How good it came out, as the run's own record says."""
+    evaluation = record["evaluation"]
+    lines = [f"held out: normalised MSE {evaluation['nmse']:.4f}, PSNR {evaluation['psnr']:.2f} dB"]
     levels = tokenizer.TokenizerConfig.from_dict(record["settings"]["tokenizer"]).level_names
     names = [key.removesuffix("/used_codes") for key in evaluation if key.endswith("/used_codes")]
     for name in sorted(names, key=lambda name: levels.index(name.partition("/")[0])):  # stages stay in their order
@@ -233,11 +255,4 @@ def _report(out: Path, *, already: bool) -> Result:
             f"{title(name)}: {used} of {size} codes used ({used / size:.1%}), dataset perplexity {evaluation[f'{name}/perplexity']:.1f} "
             "(as many codes, equally used, would carry as much)"
         )
-    lines.append(f"made {out / tokenizer.FILE_NAME} and {out / PICTURE_FILE}")
-    facts = {
-        "out": str(out),
-        "fingerprint": record["fingerprint"],
-        "steps": record["settings"]["fit"]["steps"],
-        **evaluation,
-    }
-    return Result(lines, counts, 0, facts, quarantine=str(out / QUARANTINE_FILE))
+    return lines

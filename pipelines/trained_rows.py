@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipelines.corpus.holdout import hash_of_key
+from pipelines.corpus.holdout import Hashes, holdout_threshold, key_hashes, threshold
 from pipelines.outputs import RUN_FILE
 from vqmill import Codes, open_codes
 from vqmill.errors import CodesError
 
 HELD_OUT, TRAINED, UNKNOWN = 0, 1, -1
-
-Hashes = np.ndarray[Any, np.dtype[np.uint64]]
 
 
 @dataclass(frozen=True)
@@ -35,16 +32,6 @@ class Training:
     plan: str
     rows: int
     fraction: float
-
-
-def key_hashes(keys: Iterable[str]) -> Hashes:
-    """The numbers by which samples are held out: uint64 [N]."""
-    return np.array([hash_of_key(str(key)) for key in keys], np.uint64)
-
-
-def holdout_threshold(hashes: Hashes, fraction: float) -> np.uint64:
-    """Samples whose hashes lie below are held out: so large a share, and one sample at least."""
-    return max(np.uint64(int(fraction * 2**64)), hashes.min() + np.uint64(1))
 
 
 def read_training(prior_path: Path, fingerprint: str) -> Training | None:
@@ -82,7 +69,7 @@ def trained_on(training: Training | None, codes: Codes, rows: range) -> tuple[np
     own = key_hashes(codes.sample_keys()[rows.start : rows.stop])
     seen = _keys_of_training(training, codes)
     if seen is None:
-        known = np.where(own < np.uint64(int(training.fraction * 2**64)), HELD_OUT, UNKNOWN)
+        known = np.where(own < np.uint64(threshold(training.fraction)), HELD_OUT, UNKNOWN)
         number = int((known == UNKNOWN).sum())
         gone = f"{training.store}, which it was trained on, is gone or another store now"
         return known, f"whether it was trained on {number:,} of these {len(rows):,} rows is not known: {gone}"

@@ -30,6 +30,7 @@ class GatedSession:
         condition: float [N, depth] or [N, depth, h, w], or None.
     """
 
+    @torch.no_grad()
     def __init__(
         self, embedding: nn.Embedding, layers: Iterable[nn.Module], head: nn.Module, grid: tuple[int, int], batch_size: int,
         condition: Tensor | None,
@@ -42,6 +43,7 @@ class GatedSession:
         self._row_above = embedding.weight.new_zeros(batch_size, grid[1], embedding.embedding_dim)
         self._vertical: Tensor  # of this row, [w, N, depth]; made when it begins
 
+    @torch.no_grad()
     def step(self, previous: Tensor | None) -> Tensor:
         """Logits float [N, K] of the next place, given the codes int64 [N] of the one before (None at the first)."""
         row, column = divmod(self._place, self._width)
@@ -80,7 +82,7 @@ class _ConvCache:
 
     A place costs few microseconds a layer, so each operation counts: windows are views made once, results go where they are read. The gates
     are tanh(x) * sigmoid(y) as (2 * sigmoid(2x) - 1) * sigmoid(y), one call for both halves (and PyTorch's tanh on CPU is several times
-    slower than its sigmoid). All weights that lead to x are doubled for it beforehand: exact in binary.
+    slower than its sigmoid). All weights that lead to x are doubled for it beforehand, which rounds nothing.
     """
 
     def __init__(self, layer: PixelConvA | PixelConvB, batch_size: int, width: int, condition: Tensor | None) -> None:

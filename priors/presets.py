@@ -68,7 +68,7 @@ def preset_config(
     preset, shapes = PRESETS[name], tuple(levels)
     own = {key: value for key, value in overrides.items() if isinstance(value, Mapping)}
     if unknown := [key for key in own if key not in [shape.name for shape in shapes]]:
-        known = ", ".join(shape.name for shape in shapes)
+        known = ", ".join(repr(shape.name) for shape in shapes)
         raise CodesError(f"prior options for level '{unknown[0]}': the levels are {known}.")
     _check_read(overrides, own, shapes, num_classes)
     networks = []
@@ -101,6 +101,10 @@ def _check_read(
 
 def _known(values: dict[str, Any], kind: str) -> dict[str, Any]:
     adjustable = [field.name for field in fields(KINDS[kind])]
+    if "kind" in values:
+        raise CodesError(
+            f"prior option 'kind': it is the preset's, here {kind}. Choose another preset: {', '.join(PRESETS)}."
+        )
     for key in values:
         if key not in adjustable:
             raise CodesError(

@@ -68,7 +68,7 @@ def run(
     codes = torch.empty(batch_size, level_prior.shape.num_codes, dtype=torch.int64, device=level_prior.device)
     if sampler not in ("cached", "naive"):
         raise CodesError(f"sampler: expected cached or naive, found {sampler!r}.")
-    with inference(level_prior):
+    with inference(level_prior), torch.autocast(level_prior.device.type, enabled=False):
         session: Session = (
             NaiveSession(level_prior, batch_size, condition)
             if sampler == "naive"

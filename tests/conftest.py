@@ -6,6 +6,11 @@ import hashlib
 import importlib.util
 import json
 import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -25,6 +30,7 @@ from pipelines.corpus.plan import plan_corpus
 from pipelines.corpus.samples import read_samples
 from pipelines.scenes import write_corpus
 from pipelines.tokenize import TokenizeOptions, tokenize_corpus
+from vqmill.bucket import Bucket
 from vqmill.files import sealed
 from vqmill.spec import LevelSpec, StoreSpec
 from vqmill.tables import QUARANTINE_SCHEMA, SAMPLES_SCHEMA
@@ -124,6 +130,77 @@ class Stores:
 def no_fsync(monkeypatch):
     """Durability has a test of its own; without fsync the others take a quarter of the time."""
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+class S3:
+    """What tests know of the S3 server that they started: moto's, a process on the loopback."""
+
+    bucket = "corpora"
+    secret = "sentinel-secret-4711"
+    key_id = "sentinel-key-id-0815"
+
+    def __init__(self, endpoint: str) -> None:
+        self.endpoint = endpoint
+        self.environment = {
+            "AWS_ENDPOINT_URL": endpoint,
+            "AWS_ACCESS_KEY_ID": self.key_id,
+            "AWS_SECRET_ACCESS_KEY": self.secret,
+            "AWS_REGION": "us-east-1",
+        }
+
+    @staticmethod
+    def objects(url: str) -> dict[str, bytes]:
+        """The content of every object below an address, by its name."""
+        place = Bucket(url)
+        return {name: place.get(name)[0] for name in place.list()}
+
+    @staticmethod
+    def upload(folder: Path, url: str) -> str:
+        """Puts a folder's files at an address."""
+        place = Bucket(url)
+        for name, data in Stores.files(folder).items():
+            place.write(name, data)
+        return url
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+    """A running S3 server with an empty bucket."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    log = tmp_path_factory.mktemp("moto") / "log"
+    with log.open("wb") as output:
+        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+        server = subprocess.Popen(command, stdout=output, stderr=output)
+    try:
+        for _ in range(300):
+            assert server.poll() is None, log.read_text()
+            try:
+                urllib.request.urlopen(
+                    urllib.request.Request(f"http://127.0.0.1:{port}/{S3.bucket}", method="PUT")
+                ).close()
+                break
+            except OSError:
+                time.sleep(0.1)
+        yield S3(f"http://127.0.0.1:{port}")
+    finally:
+        server.terminate()
+        server.wait()
+
+
+@pytest.fixture
+def s3(s3_server: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
+    """The server, and an environment that reaches it."""
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    return s3_server
+
+
+@pytest.fixture
+def address(s3: S3, request: pytest.FixtureRequest) -> str:
+    """An address in the bucket that no other test uses."""
+    return f"s3://{s3.bucket}/{hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:12]}"
 
 
 @pytest.fixture(scope="session")

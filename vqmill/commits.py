@@ -7,11 +7,11 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 from vqmill.errors import CodesError
 from vqmill.files import canonical_json, sealed
+from vqmill.places import MAX_RECORD_BYTES, Where, place_of, read_file
 from vqmill.spec import StoreSpec
 
 
@@ -57,14 +57,17 @@ class Commit:
         return canonical_json(sealed(asdict(self)))
 
     @classmethod
-    def read(cls, path: Path) -> Commit:
-        """Reads a record.
+    def read(cls, store: Where, file: str) -> Commit:
+        """Reads a record of a store.
 
         Raises:
             CodesError: missing or damaged.
+            OSError: it cannot be had.
         """
+        place = place_of(store)
+        path = f"{place.name}/{file}"
         try:
-            record = json.loads(path.read_bytes())
+            record = json.loads(read_file(place, file, MAX_RECORD_BYTES))
             if sealed(record) != record:
                 raise ValueError("not what its sha256 says")
             numbers = [record[key] for key in ("shard", "first_row", "rows")]
@@ -89,6 +92,10 @@ class Commit:
             )
         except FileNotFoundError as error:
             raise CodesError(f"{path}: this commit record is missing. Restore it from a copy.") from error
+        except OSError as error:
+            raise OSError(f"{path}: cannot be read: {error.strerror or error}") from error
+        except CodesError as error:
+            raise CodesError(f"{path}: {error}") from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CodesError(f"{path}: damaged commit record ({error}). Restore it from a copy.") from error
 

@@ -1,13 +1,14 @@
-"""Reads the files of one Zarr shard and says what is wrong with them. Memory: one chunk at a time."""
+"""Reads the files of one Zarr shard and says what is wrong with them.
+
+Memory: one chunk or table at a time; for a store in a bucket, whose files are fetched once, the files of one Zarr shard.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,14 @@ from vqmill import layout
 from vqmill.chunks import ChunkLayout
 from vqmill.commits import Commit
 from vqmill.errors import CodesError
-from vqmill.places import Folder
+from vqmill.places import Folder, Place, Readable, read_file
 from vqmill.problems import Kind, Problem, runs, some, span
 from vqmill.reader import ShardedArray
 from vqmill.spec import CODECS, LevelSpec, StoreSpec
-from vqmill.tables import MAX_PART_ROWS, QUARANTINE_SCHEMA, SAMPLES_SCHEMA, check_part
+from vqmill.tables import MAX_PART_BYTES, MAX_PART_ROWS, QUARANTINE_SCHEMA, SAMPLES_SCHEMA, check_part
 from vqmill.usage import StoreUsage
+
+READ_BYTES = 4 * 1024 * 1024
 
 
 @dataclass
@@ -41,36 +44,47 @@ class ShardFindings:
     bytes_read: int = 0
 
 
-def check_sizes(store: Path, spec: StoreSpec, commit: Commit) -> ShardFindings:
-    """Whether the files of a commit are there with the recorded sizes; reads none."""
+def check_sizes(store: Place, spec: StoreSpec, commit: Commit, listed: Mapping[str, int]) -> ShardFindings:
+    """Whether the files of a commit are there with the recorded sizes; reads none.
+
+    Args:
+        store: where the store is.
+        spec: its specification.
+        commit: a record that agrees with it.
+        listed: the sizes of all files of the store, bytes.
+    """
     found = ShardFindings()
     for name, array in _files(spec, commit):
-        if wrong := _other_size(store / name, commit.files[name]):
-            kind = "reopened" if _may_be_reopened(spec, commit) and (store / name).is_file() else "damaged"
+        # On a disk a listing does not tell files from pipes; in a bucket, each file asked for would be a request.
+        size = _size(store, name) if isinstance(store, Folder) else listed.get(name, FileNotFoundError())
+        if wrong := _wrong_size(size, commit.files[name]):
+            kind = "reopened" if _may_be_reopened(spec, commit) and isinstance(size, int) else "damaged"
             found.problems.append(_problem(kind, name, wrong, commit, array))
     return found
 
 
-def check_shard(store: Path, spec: StoreSpec, commit: Commit) -> ShardFindings:
+def check_shard(place: Place, spec: StoreSpec, commit: Commit) -> ShardFindings:
     """Reads every byte of a commit's files, and looks at all they hold.
 
     Args:
-        store: the store's folder.
+        place: where the store is.
         spec: its specification.
         commit: a record that agrees with it.
     """
+    store = place.fetched()
     found = ShardFindings(usage=StoreUsage(spec.levels))
     levels = {level.name: level for level in spec.levels}
     whole: set[str] = set()
     labels: np.ndarray[Any, Any] | None = None
     for name, array in _files(spec, commit):
         facts = commit.files[name]
-        wrong = _other_size(store / name, facts)
-        if wrong and not (store / name).is_file():
-            found.problems.append(_problem("damaged", name, wrong, commit, array))
+        size = _size(store, name)
+        wrong = _wrong_size(size, facts)
+        if not isinstance(size, int):
+            found.problems.append(_problem("damaged", name, wrong or "", commit, array))
             continue
-        wrong = wrong or _other_bytes(store / name, facts)
-        found.bytes_read += (store / name).stat().st_size
+        wrong = wrong or _other_bytes(store, name, facts)
+        found.bytes_read += size
         broken: list[tuple[str, tuple[int, int]]] = []
         if array is not None and array in levels:
             broken = _broken_codes(store, spec, levels[array], commit, found.usage)
@@ -78,7 +92,7 @@ def check_shard(store: Path, spec: StoreSpec, commit: Commit) -> ShardFindings:
             labels, broken = _labels(store, spec, commit)
         if wrong:
             labels = None if array == layout.LABEL else labels
-            good = not broken and (array is not None or _is_table(store / name))
+            good = not broken and (array is not None or _is_table(store, name))
             places = "; ".join(text for text, _ in broken) or ("all its chunks can be decoded" if array else "")
             kind = "reopened" if good and _may_be_reopened(spec, commit) else "damaged"
             text = f"{wrong}; {places}".removesuffix("; ")
@@ -116,27 +130,42 @@ def _problem(
     return Problem(kind, name, wrong, array, (commit.shard, commit.shard), rows or everything)
 
 
-def _other_size(path: Path, facts: Any) -> str | None:
+def _size(store: Readable, name: str) -> int | Exception:
+    """A file's size in bytes, or why it has none."""
     try:
-        status = path.stat()
-    except FileNotFoundError:
-        return "missing"
-    except OSError as error:
-        return f"cannot be read: {error.strerror}"
-    if not stat.S_ISREG(status.st_mode):
-        return "not a plain file"
-    if status.st_size != facts.get("bytes"):
-        return f"damaged: {status.st_size:,} bytes, the commit record says {facts.get('bytes')}"
-    return None
+        return store.open(name).size
+    except (OSError, CodesError) as error:
+        return error
 
 
-def _other_bytes(path: Path, facts: Any) -> str | None:
+def _wrong_size(size: int | Exception, facts: Mapping[str, Any]) -> str | None:
+    match size:
+        case int():
+            return (
+                None if size == facts["bytes"] else f"damaged: {size:,} bytes, the commit record says {facts['bytes']}"
+            )
+        case FileNotFoundError():
+            return "missing"
+        case OSError():
+            return f"cannot be read: {_reason_of(size)}"
+        case _:
+            return str(size)
+
+
+def _other_bytes(store: Readable, name: str, facts: Mapping[str, Any]) -> str | None:
+    digest, buffer, start = hashlib.sha256(), np.empty(READ_BYTES, np.uint8), 0
     try:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        file = store.open(name)
+        while count := file.read_into(start, buffer[: max(0, file.size - start)]):
+            digest.update(buffer[:count].data)
+            start += count
     except OSError as error:
-        return f"cannot be read: {os.strerror(error.errno) if error.errno else error}"
-    return None if digest == facts.get("sha256") else "damaged: its SHA-256 is not the recorded one"
+        return f"cannot be read: {_reason_of(error)}"
+    return None if digest.hexdigest() == facts.get("sha256") else "damaged: its SHA-256 is not the recorded one"
+
+
+def _reason_of(error: OSError) -> str:
+    return os.strerror(error.errno) if error.errno else str(error)
 
 
 def _around(broken: list[tuple[str, tuple[int, int]]]) -> tuple[int, int] | None:
@@ -144,14 +173,14 @@ def _around(broken: list[tuple[str, tuple[int, int]]]) -> tuple[int, int] | None
 
 
 def _broken_codes(
-    store: Path, spec: StoreSpec, level: LevelSpec, commit: Commit, usage: StoreUsage
+    store: Readable, spec: StoreSpec, level: LevelSpec, commit: Commit, usage: StoreUsage
 ) -> list[tuple[str, tuple[int, int]]]:
     """What is wrong with the chunks of a level's Zarr shard, and in which rows; counts the codes of the others."""
     chunk_rows = level.rows_per_chunk(spec.rows_per_shard)
     chunks = ChunkLayout(
         (chunk_rows, *level.grid), level.dtype, spec.rows_per_shard // chunk_rows, _compressor(spec.codec)
     )
-    array = ShardedArray(Folder(store), lambda shard: layout.shard_file(level.name, shard, len(level.grid)), chunks)
+    array = ShardedArray(store, lambda shard: layout.shard_file(level.name, shard, len(level.grid)), chunks)
     out = np.empty(chunks.chunk_shape, chunks.dtype)
     reasons: dict[int, str] = {}
     beyond: list[tuple[int, int]] = []  # row, code
@@ -207,13 +236,13 @@ def _undecodable(reasons: dict[int, str], chunk_rows: int, commit: Commit) -> li
 
 
 def _labels(
-    store: Path, spec: StoreSpec, commit: Commit
+    store: Readable, spec: StoreSpec, commit: Commit
 ) -> tuple[np.ndarray[Any, Any] | None, list[tuple[str, tuple[int, int]]]]:
     """The labels of a Zarr shard, int64 [n], or what is wrong with them."""
     chunks = ChunkLayout((spec.rows_per_shard,), np.dtype(np.int64), 1, _compressor(CODECS[0]))
     out = np.empty(chunks.chunk_shape, chunks.dtype)
     try:
-        ShardedArray(Folder(store), lambda shard: layout.shard_file(layout.LABEL, shard, 0), chunks).read_chunk(
+        ShardedArray(store, lambda shard: layout.shard_file(layout.LABEL, shard, 0), chunks).read_chunk(
             commit.shard, out
         )
     except CodesError as error:
@@ -221,10 +250,12 @@ def _labels(
     return out[: commit.rows], []
 
 
-def _samples(store: Path, commit: Commit, labels: np.ndarray[Any, Any] | None) -> tuple[pa.Table | None, list[Problem]]:
+def _samples(
+    store: Readable, commit: Commit, labels: np.ndarray[Any, Any] | None
+) -> tuple[pa.Table | None, list[Problem]]:
     name = layout.samples_file(commit.shard)
     try:
-        table = _table(store / name, SAMPLES_SCHEMA, commit.rows)
+        table = _table(store, name, SAMPLES_SCHEMA, commit.rows)
     except CodesError as error:
         return None, [_problem("content", name, str(error), commit, None)]
     if labels is not None and not np.array_equal(wanted := layout.label_column(table), labels):
@@ -235,10 +266,10 @@ def _samples(store: Path, commit: Commit, labels: np.ndarray[Any, Any] | None) -
     return table, []
 
 
-def _quarantine(store: Path, commit: Commit) -> Iterator[Problem]:
+def _quarantine(store: Readable, commit: Commit) -> Iterator[Problem]:
     name = layout.quarantine_file(commit.shard)
     try:
-        lines = _table(store / name, QUARANTINE_SCHEMA).num_rows
+        lines = _table(store, name, QUARANTINE_SCHEMA).num_rows
     except CodesError as error:
         yield _problem("content", name, str(error), commit, None)
         return
@@ -247,23 +278,23 @@ def _quarantine(store: Path, commit: Commit) -> Iterator[Problem]:
         yield _problem("content", name, text, commit, None)
 
 
-def _is_table(path: Path) -> bool:
-    schema = SAMPLES_SCHEMA if path.parent.name == "samples" else QUARANTINE_SCHEMA
+def _is_table(store: Readable, name: str) -> bool:
+    schema = SAMPLES_SCHEMA if name.startswith("samples/") else QUARANTINE_SCHEMA
     try:
-        _table(path, schema)
+        _table(store, name, schema)
     except CodesError:
         return False
     return True
 
 
-def _table(path: Path, schema: pa.Schema, rows: int | None = None) -> pa.Table:
+def _table(store: Readable, name: str, schema: pa.Schema, rows: int | None = None) -> pa.Table:
     """One Parquet part; its columns and rows are compared before any of them is read.
 
     Raises:
         CodesError: it cannot be read, or has other columns or another number of rows.
     """
     try:
-        with pq.ParquetFile(path) as file:  # pyright: ignore[reportUnknownMemberType]
+        with pq.ParquetFile(pa.BufferReader(read_file(store, name, MAX_PART_BYTES))) as file:  # pyright: ignore[reportUnknownMemberType]
             count = file.metadata.num_rows
             if file.schema_arrow != schema or rows not in (None, count):
                 expected = f"{'rows' if rows is None else f'{rows:,} rows'} of {', '.join(schema.names)}"

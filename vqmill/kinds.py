@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Literal
 
@@ -66,15 +67,17 @@ def _beginning(file: Path) -> bytes:
 
 def unfinished_of(out: Path) -> Path | None:
     """The unfinished run beside an output that is not there yet; None where there is none, or the output is there."""
+    if out.exists() or not out.name:
+        return None
     partial = out.with_name(out.name + PARTIAL_SUFFIX)
-    return partial if not out.exists() and kind_of(partial) else None
+    return partial if kind_of(partial) else None
 
 
 def held_by(path: Path) -> str:
     """What a place that is there holds, in words: `it holds a prior`."""
     kind = kind_of(path)
     if kind == "unfinished":
-        return f"it holds an unfinished run of {command_of(path) or 'a command'}; see: vqmill inspect {path}"
+        return f"it holds an unfinished run of {command_of(path) or 'a command'}; see: vqmill inspect {shlex.quote(str(path))}"
     if kind:
         return f"it {'holds' if path.is_dir() else 'is'} {_WORDS[kind]}"
     return "nothing in it is an output of vqmill's" if path.is_dir() else "it is a file that vqmill did not write"

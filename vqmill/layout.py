@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,13 +17,14 @@ from zarr.storage import MemoryStore
 from vqmill.errors import CodesError, UsageError
 from vqmill.files import JsonValue, canonical_json, sealed
 from vqmill.kinds import STORE_FILE, wrong_place
-from vqmill.places import Folder, Place, read_file
+from vqmill.places import Folder, Place, Where, place_of, read_file
 from vqmill.spec import CODECS, LABEL_FILL, MISSING_LABEL, LevelSpec, StoreSpec
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 LABEL = "label"
+GROUP = STORE_FILE  # the file that readers trust
 FASTEST = "blosc-lz4"
 NEARLY = 1.02  # so much larger is given for chunks that decode two to four times as fast
 MAX_METADATA_BYTES = 16 * 1024 * 1024
@@ -180,31 +180,46 @@ def group_metadata(spec: StoreSpec) -> bytes:
     )
 
 
-def read_spec(store: Path) -> StoreSpec:
+def read_spec(store: Where) -> StoreSpec:
     """Reads the group's `zarr.json`.
 
     Raises:
         CodesError: not a folder, no store, too large, not JSON, or not one of ours.
     """
-    if not (store / STORE_FILE).is_file():
-        raise wrong_place(store, "store")
-    return read_spec_at(Folder(store))
-
-
-def read_spec_at(place: Place) -> StoreSpec:
-    """The same, wherever the store lies.
-
-    Raises:
-        CodesError: as `read_spec`.
-    """
+    place = place_of(store)
+    if isinstance(place, Folder) and not (place.path / GROUP).is_file():
+        raise wrong_place(place.path, "store")
     try:
-        metadata: JsonValue = json.loads(read_file(place, "zarr.json", MAX_METADATA_BYTES))
+        data = read_file(place, GROUP, MAX_METADATA_BYTES)
     except FileNotFoundError as error:
         raise UsageError(f"{place.name}: no code store there (it has no zarr.json).") from error
     except OSError as error:
         raise CodesError(f"{place.name}: zarr.json cannot be read ({error}).") from error
     except CodesError as error:
         raise CodesError(f"{place.name}/zarr.json: {error}.") from error
+    return _spec_of(data, place)
+
+
+def find_spec(store: Where) -> StoreSpec | None:
+    """The same, or None where there is no `zarr.json`.
+
+    Raises:
+        CodesError: it is not one of ours, or cannot be read.
+    """
+    place = place_of(store)
+    if isinstance(place, Folder):
+        return read_spec(place) if (place.path / GROUP).exists() else None
+    try:
+        return _spec_of(read_file(place, GROUP, MAX_METADATA_BYTES), place)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise OSError(f"{place.name}/{GROUP}: cannot be read: {error}") from error
+
+
+def _spec_of(data: bytes, place: Place) -> StoreSpec:
+    try:
+        metadata: JsonValue = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise CodesError(f"{place.name}/zarr.json: not JSON ({error}). Restore it from a copy.") from error
     attributes: JsonValue = metadata.get("attributes") if isinstance(metadata, dict) else None

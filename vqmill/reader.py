@@ -10,6 +10,7 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -17,9 +18,11 @@ import numpy as np
 from vqmill import native
 from vqmill.chunks import MISSING, ChunkLayout, crc32c, decode_chunk
 from vqmill.errors import CodesError
-from vqmill.places import OpenFile, Place
+from vqmill.places import Bytes, OpenFile, Readable, RemoteFile
 
 OPEN_SHARDS = 32  # of each array: a file descriptor and an index, of some kilobytes as our writers cut
+FETCHED_CHUNKS = 64  # of a store in a bucket: encoded chunks in memory at a time, of each reader
+FETCHERS = 8  # Zarr shards asked at a time
 CACHE_BYTES = 32 * 1024 * 1024  # decoded chunks of each array, for those who read row by row
 
 
@@ -102,7 +105,7 @@ class _OpenShard:
 class ShardedArray:
     """Chunks of an array stored as docs/format.md says."""
 
-    def __init__(self, place: Place, shard_file: Callable[[int], str], layout: ChunkLayout) -> None:
+    def __init__(self, place: Readable, shard_file: Callable[[int], str], layout: ChunkLayout) -> None:
         """Opens nothing yet.
 
         Args:
@@ -134,7 +137,7 @@ class ShardedArray:
 
     def read_chunks(self, chunks: Sequence[int], out: np.ndarray[Any, Any], below: int) -> int:
         """See `ChunkSource`."""
-        return self._read_compiled(chunks, out, below, 0)
+        return self._read_compiled(chunks, out, below, 0) or self._read_remote(chunks, out, below)
 
     def _read_compiled(self, chunks: Sequence[int], out: np.ndarray[Any, Any], below: int, else_decoded: int) -> int:
         """The same; says how many bytes Python will decode if this gives 0, which is what compiled code is loaded for."""
@@ -158,6 +161,50 @@ class ShardedArray:
         memory = out.reshape(len(chunks), -1).view(np.uint8)
         places = np.array(table, np.int64)
         return read(places, memory, layout.dtype.itemsize, layout.compressor == "blosc", below, *self._scratch())
+
+    def _read_remote(self, chunks: Sequence[int], out: np.ndarray[Any, Any], below: int) -> int:
+        """The same for files each read of which is a request: many chunks are asked for at once."""
+        rows, done = self.chunk_shape[0], 0
+        if len(chunks) < 2 or not self._is_remote(chunks[0]):
+            return 0
+        for first in range(0, len(chunks), FETCHED_CHUNKS):
+            found = self._fetch(chunks[first : first + FETCHED_CHUNKS])
+            for chunk in chunks[first : first + FETCHED_CHUNKS]:
+                values = out[done * rows : (done + 1) * rows]
+                try:
+                    decode_chunk(found[chunk], self._layout, values)
+                except (KeyError, CodesError):
+                    return done  # `read_chunk` will say it
+                if below and int(values.max()) >= below:
+                    return done
+                done += 1
+        return done
+
+    def _is_remote(self, chunk: int) -> bool:
+        try:
+            return isinstance(self._open(chunk // self._layout.chunks_per_shard).file, RemoteFile)
+        except CodesError:
+            return False  # `read_chunk` will say it
+
+    def _fetch(self, chunks: Sequence[int]) -> dict[int, Bytes]:
+        """Encoded chunks by their number, as far as they can be had; Zarr shards side by side."""
+        per_shard = self._layout.chunks_per_shard
+        numbers = sorted({chunk // per_shard for chunk in chunks})
+
+        def fetch(number: int) -> dict[int, Bytes]:
+            try:
+                shard = self._open(number)
+                there = [chunk for chunk in chunks if chunk // per_shard == number]
+                there = [chunk for chunk in there if int(shard.index[chunk % per_shard, 0]) != MISSING]
+                places = shard.index[[chunk % per_shard for chunk in there]].astype(np.int64)
+                assert isinstance(shard.file, RemoteFile)
+                found = shard.file.read_parts(places[:, 0].tolist(), places[:, 1].tolist()) if there else []
+                return dict(zip(there, found, strict=True))
+            except (CodesError, OSError):
+                return {}  # `read_chunk` will say it
+
+        with ThreadPoolExecutor(min(len(numbers), FETCHERS)) as threads:
+            return {chunk: data for found in threads.map(fetch, numbers) for chunk, data in found.items()}
 
     def _scratch(self) -> native.Scratch:
         """This thread's memory for what a chunk is on its way."""

@@ -6,18 +6,15 @@ in an order that leaves, after a kill at any moment, a store that verify and ano
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from vqmill import layout
 from vqmill.errors import CodesError
-from vqmill.files import hold_lock, sync_folder, write_whole
+from vqmill.places import Hold, Place, Where, place_of
 from vqmill.problems import Problem, span
 from vqmill.spec import StoreSpec
 from vqmill.verify import job_of, lines_tried_again, resumable_commits, shard_of, verify_store
-from vqmill.writer import files_of
 
 
 @dataclass(frozen=True)
@@ -112,7 +109,7 @@ def plan_repair(spec: StoreSpec, problems: Iterable[Problem], names: Iterable[st
 
 
 def repair_store(
-    path: Path,
+    path: Where,
     progress: Callable[[int, int], None] | None = None,
     *,
     dry_run: bool = False,
@@ -121,7 +118,7 @@ def repair_store(
     """Verifies a store and mends what can be mended. Killed at any moment, it can be run again.
 
     Args:
-        path: the store's folder.
+        path: the store's folder or address.
         progress: of the verification, called with (Zarr shards done, Zarr shards in all).
         dry_run: say what would be done, and do nothing.
         again: the command that made the store, when it is known: part of the advice.
@@ -130,52 +127,49 @@ def repair_store(
         UsageError: no store there, or a job is writing it.
         CodesError: the group's own metadata is damaged: nothing else says what the store is.
     """
-    spec = layout.read_spec(path)
-    lock = hold_lock(path, "A job is writing this store; it mends what a killed job left. Wait for it to end.")
+    place = place_of(path)
+    layout.read_spec(place)
+    hold = place.hold("A job is writing this store; it mends what a killed job left. Wait for it to end.", layout.GROUP)
     try:
-        spec = layout.read_spec(path)
-        problems = verify_store(path, progress, again=again).problems
-        plan = plan_repair(spec, problems, [file.relative_to(path).as_posix() for file in files_of(path)])
+        spec = layout.read_spec(place)
+        problems = verify_store(place, progress, again=again).problems
+        plan = plan_repair(spec, problems, place.list())
         for name in (*plan.rewrite, *plan.tail, *plan.remove, *plan.remake):
-            if (path / name).is_dir() or any(above.is_file() for above in (path / name).parents):
+            if place.is_blocked(name):
                 raise CodesError(
-                    f"{path / name}: a folder where a file belongs, or a file where its folder belongs. Take it away by hand."
+                    f"{place.name}/{name}: a folder where a file belongs, or a file where its folder belongs. Take it away by hand."
                 )
         if not dry_run:
-            _carry_out(path, plan)
-            _require_mended(path, plan)
+            _carry_out(place, hold, plan)
+            _require_mended(place, plan)
     finally:
-        os.close(lock)
+        hold.close()
     return Repair(tuple(_said(spec, plan)), plan.remaining, plan.spec.complete, job_of(spec, again))
 
 
-def _carry_out(path: Path, plan: RepairPlan) -> None:
+def _carry_out(place: Place, hold: Hold, plan: RepairPlan) -> None:
     """Damaged files first, then the group, then the rest.
 
     A job that goes on after a kill, before the repair is run again, so knows what to make anew; and once the group is written, readers
     refuse the store, or see only rows that stay.
     """
-    metadata = {**layout.array_metadata(plan.spec), "zarr.json": layout.group_metadata(plan.spec)}
-    _remove(path, plan.remake)
-    for name in sorted(plan.rewrite, key=lambda name: name != "zarr.json"):
-        write_whole(path / name, metadata[name])
-    _remove(path, (*plan.tail, *plan.remove))
+    arrays = layout.array_metadata(plan.spec)
+    hold.check()
+    place.delete(plan.remake)
+    if layout.GROUP in plan.rewrite:
+        hold.publish(layout.group_metadata(plan.spec))
+    for name in plan.rewrite:
+        if name != layout.GROUP:
+            place.write(name, arrays[name])
+    place.delete((*plan.tail, *plan.remove))
 
 
-def _remove(path: Path, names: Iterable[str]) -> None:
-    files = [path / name for name in names]
-    for file in files:
-        file.unlink(missing_ok=True)
-    for folder in sorted({file.parent for file in files if file.parent.is_dir()}):
-        sync_folder(folder)
-
-
-def _require_mended(path: Path, plan: RepairPlan) -> None:
+def _require_mended(place: Place, plan: RepairPlan) -> None:
     """Looks again, at metadata and sizes: what is left must be what was said to be left, and what was taken away to be made again."""
     expected = {problem.file for problem in plan.remaining} | set(plan.remake)
-    for problem in verify_store(path, quick=True).damage:
+    for problem in verify_store(place, quick=True).damage:
         if problem.file not in expected:
-            raise CodesError(f"{path}: repaired, and yet: {problem}")
+            raise CodesError(f"{place.name}: repaired, and yet: {problem}")
 
 
 def _said(before: StoreSpec, plan: RepairPlan) -> Iterable[str]:

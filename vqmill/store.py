@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from vqmill import layout
 from vqmill.errors import CodesError
 from vqmill.level import LevelArray
 from vqmill.loader import CodeBatches, LastBatch
-from vqmill.places import Folder, Place, place_of, read_file
+from vqmill.places import Folder, Place, Where, place_of, read_file
 from vqmill.reader import RowReader
 from vqmill.source import checked_integer
 from vqmill.spec import LevelSpec, StoreSpec
@@ -28,7 +27,7 @@ ROW_COLUMN = "__row"
 LOADER_CACHE_BYTES = 1024 * 1024  # of each array: chunks that two pools share, and labels, whose chunks serve many
 
 
-def open_codes(path: str | os.PathLike[str], *, allow_incomplete: bool = False, any_layout: bool = False) -> Codes:
+def open_codes(path: Where, *, allow_incomplete: bool = False, any_layout: bool = False) -> Codes:
     """Opens a code store for reading.
 
     Args:
@@ -43,7 +42,7 @@ def open_codes(path: str | os.PathLike[str], *, allow_incomplete: bool = False, 
         CodesError: no store there, a newer format, damaged metadata, or an unfinished job.
     """
     place = place_of(path)
-    spec = layout.read_spec(place.path) if isinstance(place, Folder) else layout.read_spec_at(place)
+    spec = layout.read_spec(place)
     if not spec.complete and not allow_incomplete:
         finished = spec.segments[-1].first_row if spec.segments else 0
         if not 0 < finished <= spec.num_rows:  # more, when a repair has stepped back behind them

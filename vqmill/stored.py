@@ -9,11 +9,12 @@ from typing import Any, cast
 
 import numpy as np
 
+from vqmill.bucket import Bucket
 from vqmill.chunks import ChunkLayout
 from vqmill.errors import CodesError
 from vqmill.files import JsonValue
 from vqmill.layout import LABEL, shard_file
-from vqmill.places import Bucket, Place, read_file
+from vqmill.places import Place, read_file
 from vqmill.reader import ChunkSource, ShardedArray
 from vqmill.spec import LABEL_FILL, MAX_CHUNK_BYTES, MAX_CHUNKS_PER_SHARD, LevelSpec, StoreSpec
 

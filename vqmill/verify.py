@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from vqmill import layout
@@ -18,14 +18,14 @@ from vqmill.commits import Commit, Counts, counts_of
 from vqmill.contents import ShardFindings, check_shard, check_sizes
 from vqmill.errors import CodesError
 from vqmill.files import PARTIAL_SUFFIX
-from vqmill.places import Folder, read_file
+from vqmill.places import Place, Where, place_of, read_file
 from vqmill.problems import NO_DAMAGE, Problem, whole_commits
 from vqmill.retries import retry_problems
 from vqmill.spec import StoreSpec
 from vqmill.store import Codes
 from vqmill.stored import MAX_ARRAY_METADATA_BYTES
 from vqmill.usage import StoreUsage
-from vqmill.writer import files_of
+from vqmill.writer import READERS
 
 THREADS = min(4, os.cpu_count() or 1)  # hashing and decoding release the GIL
 
@@ -58,7 +58,7 @@ class Verification:
 
 
 def verify_store(
-    path: Path,
+    path: Where,
     progress: Callable[[int, int], None] | None = None,
     *,
     quick: bool = False,
@@ -67,7 +67,7 @@ def verify_store(
     """Checks metadata, commit records, checksums, tables and code ranges of a whole store.
 
     Args:
-        path: the store's folder.
+        path: the store's folder or address.
         progress: called with (Zarr shards done, Zarr shards in all).
         quick: read metadata and commit records only, and see that every file is there with its size.
         again: the command that made the store, when it is known: part of the advice.
@@ -75,30 +75,34 @@ def verify_store(
     Raises:
         CodesError: not a store at all, or the group's own metadata is damaged.
     """
-    spec = layout.read_spec(path)
-    names = [file.relative_to(path).as_posix() for file in files_of(path)]
-    links = tuple(name for name in names if (path / name).is_symlink())
+    place = place_of(path)
+    spec = layout.read_spec(place)
+    listed = place.list()
+    links = tuple(name for name in listed if place.is_link(name))
     problems = [Problem("link", name, "a symbolic link; only plain files of the store are read") for name in links]
-    problems += _metadata_problems(path, spec)
-    commits = _read_commits(path, spec, names, problems)
+    problems += _metadata_problems(place, spec)
+    commits = _read_commits(place, spec, listed, problems)
     problems += _order_problems(spec, commits)
     usage = StoreUsage(spec.levels)
     bytes_read = 0
     visible = [commit for commit in commits.values() if not _behind(links, spec, commit)]
-    check = check_sizes if quick else check_shard
-    checks = _in_threads(lambda commit=commit: check(path, spec, commit) for commit in visible)
+
+    def check(commit: Commit) -> ShardFindings:
+        return check_sizes(place, spec, commit, listed) if quick else check_shard(place, spec, commit)
+
+    checks = _in_threads(lambda commit=commit: check(commit) for commit in visible)
     for done, findings in enumerate(checks, start=1):
         problems += findings.problems
         bytes_read += findings.bytes_read
         usage.merge(findings.usage)
         if progress:
             progress(done, spec.num_commits)
-    problems += _foreign_files(spec, [name for name in names if name not in links])
-    if spec.complete and not quick and not problems:
-        problems += [Problem("counts", "zarr.json", text) for text in retry_problems(Codes(Folder(path), spec))]
-    if layout.read_spec(path) != spec:
+    problems += _foreign_files(spec, [name for name in listed if name not in links])
+    if spec.complete and not quick and not problems and any(segment.retries for segment in spec.segments):
+        problems += [Problem("counts", "zarr.json", text) for text in retry_problems(Codes(place, spec))]
+    if layout.read_spec(place) != spec:
         raise CodesError(
-            f"{path}: changed while it was verified: a job is writing it. Wait for it to end, and verify again."
+            f"{place.name}: changed while it was verified: a job is writing it. Wait for it to end, and verify again."
         )
     if not spec.complete:
         problems.append(Problem("unfinished", "zarr.json", f"unfinished: {spec.num_rows:,} rows count so far"))
@@ -108,7 +112,7 @@ def verify_store(
         bytes_read,
         {} if quick else usage.used,
         {} if quick else usage.perplexity,
-        _advised(path, spec, commits, problems, again),
+        _advised(place.name, spec, commits, problems, again),
     )
 
 
@@ -169,13 +173,13 @@ def _in_threads(tasks: Iterable[Callable[[], ShardFindings]]) -> Iterator[ShardF
             threads.shutdown(wait=True, cancel_futures=True)
 
 
-def _metadata_problems(path: Path, spec: StoreSpec) -> Iterator[Problem]:
+def _metadata_problems(place: Place, spec: StoreSpec) -> Iterator[Problem]:
     """Whether each zarr.json says what the group's sealed part says, compared by meaning."""
     for name, expected in {**layout.array_metadata(spec), "zarr.json": layout.group_metadata(spec)}.items():
         array = name.split("/")[0] if "/" in name else None
         most = MAX_ARRAY_METADATA_BYTES if array else layout.MAX_METADATA_BYTES
         try:
-            found: Any = json.loads(read_file(Folder(path), name, most))
+            found: Any = json.loads(read_file(place, name, most))
             wanted: Any = json.loads(expected)
             if array is None:
                 found, wanted = _known_keys(found, wanted), _known_keys(wanted, wanted)
@@ -184,7 +188,7 @@ def _metadata_problems(path: Path, spec: StoreSpec) -> Iterator[Problem]:
             if found != wanted:
                 yield Problem("metadata", name, "not what this store's metadata should be", array)
         except OSError as error:
-            yield Problem("metadata", name, f"cannot be read: {error.strerror}", array)
+            yield Problem("metadata", name, f"cannot be read: {error.strerror or error}", array)
         except (ValueError, TypeError, LookupError, RecursionError) as error:
             yield Problem("metadata", name, f"damaged: not the JSON of an array or a group ({error})", array)
 
@@ -201,13 +205,15 @@ def _not_ahead(array: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
     return {**array, "shape": [rows, *array["shape"][1:]]} if array["shape"][0] > rows else array
 
 
-def _read_commits(path: Path, spec: StoreSpec, names: list[str], problems: list[Problem]) -> dict[int, Commit]:
+def _read_commits(place: Place, spec: StoreSpec, names: Iterable[str], problems: list[Problem]) -> dict[int, Commit]:
     """The commit records that are whole and agree with the group, by Zarr shard; the others become problems."""
     there = sorted(
         shard
         for name in names
         if name.startswith("commits/") and (shard := shard_of(spec, name)) is not None and shard < spec.num_commits
     )
+    with ThreadPoolExecutor(READERS) as threads:
+        found = dict(zip(there, threads.map(partial(_read_commit, place), there), strict=True))
     expected = 0
     commits: dict[int, Commit] = {}
     for shard in [*there, spec.num_commits]:
@@ -218,18 +224,23 @@ def _read_commits(path: Path, spec: StoreSpec, names: list[str], problems: list[
         if shard == spec.num_commits:
             continue
         name = layout.commit_file(shard)
-        try:
-            read_file(Folder(path), name, layout.MAX_METADATA_BYTES)  # not a pipe, a link or too large
-            commit = Commit.read(path / name)
-        except (CodesError, OSError) as error:
-            text = str(error).removeprefix(f"{path / name}: ").removesuffix(" Restore it from a copy.").rstrip(".")
-            problems.append(Problem("record", name, text, shards=(shard, shard)))
+        commit = found[shard]
+        if not isinstance(commit, Commit):
+            text = str(commit).removeprefix(f"{place.name}/{name}: ").removesuffix(" Restore it from a copy.")
+            problems.append(Problem("record", name, text.rstrip("."), shards=(shard, shard)))
             continue
         wrong = list(_contradictions(spec, shard, commit))
         problems += [Problem("record", name, text, shards=(shard, shard)) for text in wrong]
         if not wrong:
             commits[shard] = commit
     return commits
+
+
+def _read_commit(place: Place, shard: int) -> Commit | Exception:
+    try:
+        return Commit.read(place, layout.commit_file(shard))
+    except (CodesError, OSError) as error:
+        return error
 
 
 def _contradictions(spec: StoreSpec, shard: int, commit: Commit) -> Iterator[str]:
@@ -311,10 +322,10 @@ def _behind(links: tuple[str, ...], spec: StoreSpec, commit: Commit) -> bool:
 
 
 def _advised(
-    path: Path, spec: StoreSpec, commits: Mapping[int, Commit], problems: list[Problem], again: str | None
+    store: str, spec: StoreSpec, commits: Mapping[int, Commit], problems: list[Problem], again: str | None
 ) -> tuple[Problem, ...]:
     """The problems with the input shards they concern, and what to do about each."""
-    repair = f"vqmill repair {shlex.quote(str(path))}"
+    repair = f"vqmill repair {shlex.quote(store)}"
     job = job_of(spec, again)
     whole = resumable_commits(spec, problems)
     advised: list[Problem] = []
@@ -331,7 +342,7 @@ def _advised(
                 advice = "Restore the store's metadata and commit records from a copy"
             case "damaged" if lines_tried_again(spec, problem):
                 advice = f"Restore it from a copy, or make the store again at another place: {job}"
-            case "damaged" if whole is not None and not spec.complete and not (path / problem.file).exists():
+            case "damaged" if whole is not None and not spec.complete and problem.wrong == "missing":
                 advice = f"To make it again, run: {job}"
             case "damaged" if whole is not None:
                 advice = f"To make it again, run: {repair}, then: {job}"

@@ -12,18 +12,17 @@ reopened once more. A kill between the record and the group's metadata leaves a 
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from vqmill import layout
 from vqmill.commits import Commit, Counts, Cursor, file_facts
 from vqmill.errors import CodesError, UsageError
-from vqmill.files import hold_lock, sync_folder, write_whole
+from vqmill.places import Hold, Where, place_of, read_file
 from vqmill.settings import refuse_other_settings
 from vqmill.spec import CODECS, Segment, StoreSpec
 
@@ -31,9 +30,11 @@ if TYPE_CHECKING:
     import numpy as np
     import pyarrow as pa
 
+READERS = 16  # commit records read at a time: each is a request where the store lies in a bucket
+
 
 def write_shard(
-    store: Path,
+    store: Where,
     spec: StoreSpec,
     shard: int,
     codes: Mapping[str, np.ndarray[Any, Any]],
@@ -44,7 +45,7 @@ def write_shard(
     """Writes every file of one Zarr shard, each whole and durable; nothing counts until `StoreWriter.commit`.
 
     Args:
-        store: the store's folder.
+        store: the store's folder or address.
         spec: its specification, as the writer has it: with the codec that was chosen.
         shard: the number of this Zarr shard.
         codes: by level, integers [n, *grid], n <= rows_per_shard; n is 0 only when a whole corpus gave nothing but quarantine rows.
@@ -71,13 +72,14 @@ def write_shard(
     files[layout.quarantine_file(shard)] = layout.parquet_bytes(quarantine)
     facts = {name: file_facts(data) for name, data in files.items()}
     if expected is None or facts == expected:
+        place = place_of(store)
         for name, data in files.items():
-            write_whole(store / name, data)
+            place.write(name, data)
     return facts
 
 
 def read_shard(
-    store: Path, spec: StoreSpec, commit: Commit
+    store: Where, spec: StoreSpec, commit: Commit
 ) -> tuple[dict[str, np.ndarray[Any, Any]], pa.Table, pa.Table]:
     """Reads a committed Zarr shard back: codes by level [rows, *grid] in the stored dtype, samples, quarantine.
 
@@ -87,12 +89,19 @@ def read_shard(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    place = place_of(store)
+
     def read(name: str) -> bytes:
-        data = (store / name).read_bytes() if (store / name).exists() else None
-        if data is None or file_facts(data) != commit.files.get(name):
-            raise CodesError(
-                f"{store / name}: {'missing' if data is None else 'not what was committed'}. See: vqmill verify {store}"
-            )
+        facts = commit.files.get(name, {})
+        try:
+            data = read_file(place, name, facts.get("bytes", 0))
+            wrong = None if file_facts(data) == facts else "not what was committed"
+        except FileNotFoundError:
+            data, wrong = b"", "missing"
+        except CodesError as error:
+            data, wrong = b"", f"not what was committed: {error}"
+        if wrong:
+            raise CodesError(f"{place.name}/{name}: {wrong}. See: vqmill verify {place.name}")
         return data
 
     def table(name: str) -> pa.Table:
@@ -107,7 +116,7 @@ def read_shard(
     return codes, table(layout.samples_file(commit.shard)), table(layout.quarantine_file(commit.shard))
 
 
-def refuse_other_store(store: Path, found: StoreSpec, wanted: StoreSpec, advice: str) -> None:
+def refuse_other_store(store: Where, found: StoreSpec, wanted: StoreSpec, advice: str) -> None:
     """Says how a store that is there was made differently. A codec that one of the two leaves open is no difference.
 
     Raises:
@@ -115,7 +124,7 @@ def refuse_other_store(store: Path, found: StoreSpec, wanted: StoreSpec, advice:
     """
     codec = wanted.codec or found.codec
     there, now = replace(found, codec=found.codec or codec), replace(wanted, codec=codec)
-    refuse_other_settings(str(store), there.settings(), now.settings(), advice)
+    refuse_other_settings(place_of(store).name, there.settings(), now.settings(), advice)
 
 
 class StoreWriter:
@@ -124,34 +133,35 @@ class StoreWriter:
     Use it as a context manager: it holds a lock, so that a second job on the same store is refused.
     """
 
-    def __init__(self, store: Path, spec: StoreSpec) -> None:
+    def __init__(self, store: Where, spec: StoreSpec) -> None:
         """Creates the store, or takes up the one that is there.
 
         Args:
-            store: the folder, with a name of its own.
+            store: the folder or address, with a name of its own.
             spec: what this job would write; progress fields are ignored. A `codec` of None takes what the store has.
 
         Raises:
             CodesError: the store was made with other settings (the difference is shown), its records are damaged, or another job is
                 writing it.
+            OSError: files of it cannot be read or written.
         """
-        self.store = store
+        self.store = place_of(store)
         self._codec = spec.codec
-        self._lock: int | None = hold_lock(
-            store, "Another job is writing this store. Wait for it to end, or choose another --out."
+        self._hold: Hold = self.store.hold(
+            "Another job is writing this store. Wait for it to end, or choose another --out.", layout.GROUP
         )
         try:
-            if (store / "zarr.json").exists():
-                self.spec = layout.read_spec(store)
+            if found := layout.find_spec(self.store):
+                self.spec = found
                 origin = self.spec.corpus.get("description")
                 advice = "Choose another --out, or repeat the settings it was made with."
-                refuse_other_store(store, self.spec, spec, f"It was made from {origin}. {advice}" if origin else advice)
-            elif store.exists() and (not store.is_dir() or any(store.iterdir())):
-                raise UsageError(f"{store}: exists and is not a code store. Choose another --out, or remove it.")
+                refuse_other_store(
+                    self.store, self.spec, spec, f"It was made from {origin}. {advice}" if origin else advice
+                )
             else:
                 self.spec = spec.with_progress(num_rows=0, num_commits=0, complete=False)
-                self._create()
-            self.commits = [Commit.read(store / layout.commit_file(shard)) for shard in range(self.spec.num_commits)]
+                self._hold.create(layout.array_metadata(self.spec), layout.group_metadata(self.spec))
+            self.commits = read_commits(self.store, range(self.spec.num_commits))
             if not self.spec.complete:
                 self._sweep()
                 self._publish_arrays()  # a kill inside a commit leaves them ahead of the rows that count
@@ -171,10 +181,8 @@ class StoreWriter:
         self.close()
 
     def close(self) -> None:
-        """Lets go of the lock."""
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        """Lets another job write the store."""
+        self._hold.close()
 
     @property
     def cursor(self) -> Cursor:
@@ -222,11 +230,13 @@ class StoreWriter:
 
         Of the last one contents are compared, too: a kill while it was opened again leaves some of its files new.
         """
+        there = self.store.list()
         return [
             commit.shard
             for commit in self.commits
             if not all(
-                _is_there(self.store / name, facts, whole=commit is self.commits[-1])
+                there.get(name) == facts["bytes"]
+                and (commit is not self.commits[-1] or file_facts(read_file(self.store, name, facts["bytes"])) == facts)
                 for name, facts in commit.files.items()
             )
         ]
@@ -246,7 +256,7 @@ class StoreWriter:
             names = sorted(files.keys() | commit.files.keys())
             other = ", ".join(name for name in names if files.get(name) != commit.files.get(name))
             raise CodesError(
-                f"{self.store}: Zarr shard {shard} ({commit.rows} rows from row {commit.first_row}) was made again and came out differently "
+                f"{self.store.name}: Zarr shard {shard} ({commit.rows} rows from row {commit.first_row}) was made again and came out differently "
                 f"({other}): the corpus, the tokenizer or the software is not what made this store. Nothing was written. "
                 "Use what made it, or restore these files from a copy."
             )
@@ -258,7 +268,7 @@ class StoreWriter:
         assert last.rows <= rows <= self.spec.rows_per_shard, f"{rows} rows where {last.rows} were"
         assert set(files) == set(layout.shard_files(self.spec, last.shard, rows)), sorted(files)
         record = Commit(last.shard, last.first_row, rows, cursor, counts, files)
-        write_whole(self.store / layout.commit_file(record.shard), record.to_bytes())
+        self._record(record)
         self.commits[-1] = record
         self._publish(complete=False)
 
@@ -271,15 +281,20 @@ class StoreWriter:
         assert 0 <= rows <= self.spec.rows_per_shard, f"{rows} rows in a Zarr shard of {self.spec.rows_per_shard}"
         assert set(files) == set(layout.shard_files(self.spec, self.spec.num_commits, rows)), sorted(files)
         record = Commit(self.spec.num_commits, self.spec.num_rows, rows, cursor, counts, files)
-        write_whole(self.store / layout.commit_file(record.shard), record.to_bytes())
+        self._record(record)
         self.commits.append(record)
         self._publish(complete=False)
 
     def finish(self) -> None:
         """Says that the whole plan is in, and nothing else: what orphaned processes of a killed job wrote meanwhile is removed."""
         if not self.spec.complete:
+            self._hold.check()
             self._sweep()
             self._publish(complete=True)
+
+    def _record(self, record: Commit) -> None:
+        self._hold.check()
+        self.store.write(layout.commit_file(record.shard), record.to_bytes())
 
     def _publish(self, *, complete: bool) -> None:
         rows = sum(commit.rows for commit in self.commits)
@@ -287,12 +302,18 @@ class StoreWriter:
         spec = replace(self.spec, codec=chosen)
         self.spec = spec.with_progress(num_rows=rows, num_commits=len(self.commits), complete=complete)
         self._publish_arrays()
-        write_whole(self.store / "zarr.json", layout.group_metadata(self.spec))
+        self._hold.publish(layout.group_metadata(self.spec))
 
     def _publish_arrays(self) -> None:
         for name, data in layout.array_metadata(self.spec).items():
-            if not (self.store / name).exists() or (self.store / name).read_bytes() != data:
-                write_whole(self.store / name, data)
+            if self._read(name) != data:
+                self.store.write(name, data)
+
+    def _read(self, name: str) -> bytes | None:
+        try:
+            return read_file(self.store, name, layout.MAX_METADATA_BYTES)
+        except (FileNotFoundError, CodesError):  # to be written anew in any case
+            return None
 
     def _believe_last_record(self) -> None:
         """A kill between the new record of the last Zarr shard and the group's metadata: the record's files are all in place."""
@@ -301,49 +322,37 @@ class StoreWriter:
             self._publish(complete=False)
         elif rows != self.spec.num_rows:
             raise CodesError(
-                f"{self.store}: zarr.json counts {self.spec.num_rows:,} rows, the commit records {rows:,}. See: vqmill verify {self.store}"
+                f"{self.store.name}: zarr.json counts {self.spec.num_rows:,} rows, the commit records {rows:,}. See: vqmill verify {self.store.name}"
             )
-
-    def _create(self) -> None:
-        beside = self.store.with_name(f".{self.store.name}.new")  # a name that only we use, as that of the lock
-        if beside.exists():
-            shutil.rmtree(beside)  # left by a killed job: the lock is held, and a store is renamed before its first row
-        for name, data in layout.array_metadata(self.spec).items():
-            write_whole(beside / name, data)
-        write_whole(beside / "zarr.json", layout.group_metadata(self.spec))
-        beside.rename(self.store)
-        sync_folder(self.store.parent)
 
     def _sweep(self) -> None:
         """Removes what a killed job left: half-written files, and Zarr shards that no commit counts."""
         known = set(committed_files(self.spec, self.commits))
-        for path in files_of(self.store):
-            if path.is_symlink():
+        found = self.store.list()
+        for name in found:
+            if self.store.is_link(name):
                 raise UsageError(
-                    f"{path}: a symbolic link inside a store that is being written. Put what it leads to in its place."
+                    f"{self.store.name}/{name}: a symbolic link inside a store that is being written. Put what it leads to in its place."
                 )
-            if path.relative_to(self.store).as_posix() not in known:
-                path.unlink(missing_ok=True)  # an orphan may rename its half-written file under our hands
+        self.store.delete(name for name in found if name not in known)
 
 
-def _is_there(path: Path, facts: Mapping[str, Any], *, whole: bool) -> bool:
-    try:
-        return file_facts(path.read_bytes()) == facts if whole else path.stat().st_size == facts["bytes"]
-    except FileNotFoundError:
-        return False
+def read_commits(store: Where, shards: Iterable[int]) -> list[Commit]:
+    """The records of some Zarr shards.
+
+    Raises:
+        CodesError: one is missing or damaged.
+        OSError: one cannot be had.
+    """
+    place = place_of(store)
+    with ThreadPoolExecutor(READERS) as threads:
+        return list(threads.map(partial(Commit.read, place), map(layout.commit_file, shards)))
 
 
 def committed_files(spec: StoreSpec, commits: list[Commit]) -> Iterator[str]:
     """Every file that belongs to a store, by its path in it."""
-    yield "zarr.json"
+    yield layout.GROUP
     yield from layout.array_metadata(spec)
     for commit in commits:
         yield layout.commit_file(commit.shard)
         yield from commit.files
-
-
-def files_of(store: Path) -> Iterator[Path]:
-    """Every file below a store's folder, in sorted order."""
-    for path in sorted(store.rglob("*")):
-        if path.is_symlink() or not path.is_dir():
-            yield path

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,11 +20,27 @@ from vqmill.errors import CodesError
 
 CERTAIN = 64  # with this many samples expected, a hold-out is empty once in e^64 corpora
 _WHOLE = 2**64
+Hashes = np.ndarray[Any, np.dtype[np.uint64]]
 
 
 def hash_of_key(key: str) -> int:
     """A number in [0, 2^64) that is the same on every machine (Python's own `hash` is not)."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
+
+
+def threshold(fraction: float) -> int:
+    """Keys whose hashes lie below are a share of so much, in [0, 1), of all keys that there could be."""
+    return int(fraction * _WHOLE)
+
+
+def key_hashes(keys: Iterable[str]) -> Hashes:
+    """`hash_of_key` of N keys: uint64 [N]."""
+    return np.array([hash_of_key(str(key)) for key in keys], np.uint64)
+
+
+def holdout_threshold(hashes: Hashes, fraction: float) -> np.uint64:
+    """Samples of a store whose hashes lie below are held out: so large a share, and one sample at least."""
+    return max(np.uint64(threshold(fraction)), hashes.min() + np.uint64(1))
 
 
 def in_holdout(key: str, fraction: float) -> bool:
@@ -69,7 +86,7 @@ def choose_holdout(plan: Plan, preprocessing: Preprocessing, fraction: float) ->
     """
     if not 0 <= fraction < 1:
         raise CodesError(f"hold-out: the fraction must be at least 0 and below 1, not {fraction}.")
-    below = int(fraction * _WHOLE)
+    below = threshold(fraction)
     if fraction == 0 or plan.num_samples * fraction > CERTAIN:
         return Holdout(below)
     refs = [

@@ -19,10 +19,10 @@ import vqmill
 from pipelines.assembly import ArrivedSpan, Order, SpanFacts, Written, carry_out, extend, mend
 from pipelines.encoder import Span
 from vqmill import LevelSpec
-from vqmill import writer as writer_module
+from vqmill import places as places_module
 from vqmill.commits import Commit, Counts, Cursor
 from vqmill.errors import CodesError, UsageError
-from vqmill.layout import read_spec, smallest_codec
+from vqmill.layout import group_metadata, read_spec, smallest_codec
 from vqmill.spec import CODECS, Segment, StoreSpec
 from vqmill.tables import QUARANTINE_SCHEMA, SAMPLES_SCHEMA
 from vqmill.verify import verify_store
@@ -157,13 +157,13 @@ def tree(path: Path, *, segments: bool = False) -> dict[str, bytes]:
 def unfinished(path: Path) -> None:
     """What `vqmill repair` does to the group's metadata, beside deleting files."""
     spec = replace(read_spec(path), complete=False)
-    (path / "zarr.json").write_bytes(writer_module.layout.group_metadata(spec))
+    (path / "zarr.json").write_bytes(group_metadata(spec))
 
 
 def kill(monkeypatch: pytest.MonkeyPatch, after: int | None) -> list[Path]:
     """The process dies at write number `after`."""
     written: list[Path] = []
-    write_whole = writer_module.write_whole
+    write_whole = places_module.write_whole
 
     def write(path: Path, data: bytes) -> None:
         if len(written) == after:
@@ -171,7 +171,7 @@ def kill(monkeypatch: pytest.MonkeyPatch, after: int | None) -> list[Path]:
         write_whole(path, data)
         written.append(path)
 
-    monkeypatch.setattr(writer_module, "write_whole", write)
+    monkeypatch.setattr(places_module, "write_whole", write)
     return written
 
 
@@ -316,7 +316,7 @@ def test_what_comes_out_differently_is_not_put_back(tmp_path: Path) -> None:
 
 def test_a_committed_zarr_shard_is_read_back_or_refused(tmp_path: Path) -> None:
     path, _ = make(tmp_path / "codes.zarr", SEAM, 8)
-    spec, record = read_spec(path), Commit.read(path / "commits/shard-000001.json")
+    spec, record = read_spec(path), Commit.read(path, "commits/shard-000001.json")
     codes, samples, quarantine = read_shard(path, spec, record)
     np.testing.assert_array_equal(codes["bottom"], vqmill.open_codes(path)["bottom"][8:])
     assert codes["bottom"].dtype == np.uint8
@@ -330,7 +330,7 @@ def test_a_committed_zarr_shard_is_read_back_or_refused(tmp_path: Path) -> None:
 def test_a_record_that_the_group_does_not_count_yet_is_believed_only_where_a_kill_can_leave_one(tmp_path: Path) -> None:
     path, _ = make(tmp_path / "codes.zarr", SEAM, 8)
     spec = replace(read_spec(path), num_rows=10)
-    (path / "zarr.json").write_bytes(writer_module.layout.group_metadata(spec))
+    (path / "zarr.json").write_bytes(group_metadata(spec))
     with pytest.raises(CodesError, match="counts 10 rows, the commit records 11"):
         StoreWriter(path, spec)
 

@@ -183,7 +183,7 @@ def test_the_tokenizers_place_comes_along(pair: tuple[Path, Path], tmp_path: Pat
     with pytest.raises(UsageError, match="does not say where the tokenizer is"):
         recorded_tokenizer(tmp_path / "unknown.zarr")
     (tmp_path / "tok").mkdir()
-    run_file(pair[1]).write_text(json.dumps({"tokenizer": "tok"}))
+    run_file(pair[1]).write(json.dumps({"tokenizer": "tok"}).encode())
     (tmp_path / "deep").mkdir()
     merge(*pair, out=tmp_path / "deep" / "c.zarr")
     assert recorded_tokenizer(tmp_path / "deep" / "c.zarr").resolve() == tmp_path / "tok"

@@ -13,6 +13,7 @@ import torch
 
 import priors
 from pipelines.cli import app
+from pipelines.outputs import recorded_command
 from pipelines.training_state import TrainingState
 
 TINY = """[tokenizer]
@@ -99,14 +100,15 @@ def test_scores_are_told_with_their_main_figures(
     assert run("score", prior, store, "--rows", "2:20", "--out", out, "--num", "2") == 0
     text, facts = inspected(out)
     record = json.loads((out / "score.json").read_bytes())
-    assert f"{out}: the scores of 18 rows, 2..19, of {store} by the prior {prior} ({model.fingerprint})" in text
+    assert text.startswith(f"{out}: scores of rows by a prior\n")
+    assert f"{prior} (prior {model.fingerprint}) on {store}: 18 rows, 2..19" in text
     for level in record["levels"]:
         assert f"level {level['name']}: {level['bits_per_code']:.3f} bits per code (uniform " in text
-    least = ", ".join(f"row {entry['row']}" for entry in record["least_likely"])
-    assert (
-        f"in all: {record['bits_per_code']:.3f} bits per code, {record['bits']:,.1f} a row; least likely: {least}\n"
-        in text
-    )
+    assert f"in all: {record['bits_per_code']:.3f} bits per code, {record['bits']:,.1f} a row" in text
+    assert f"least likely:\n  row {record['least_likely'][0]['row']}: " in text
+    odd = record["oddest_of_label"][0]
+    assert f"least likely beside others of their label:\n  row {odd['row']}: " in text
+    assert f"label_z {odd['label_z']:+.2f}" in text
     assert text.endswith(f"made by: vqmill score {prior} {store} --rows 2:20 --out {out} --num 2")
     assert (facts["kind"], facts["rows"], facts["bits"]) == ("scores", 18, record["bits"])
     (out / "score.json").unlink()
@@ -162,7 +164,7 @@ def test_levels_are_told_one_by_one(
     assert run(*words, "--level", "top") == 0
     text, facts = inspected(out)
     assert "\nlevel top: trained, 20 steps; loss " in text
-    assert "\nlevel bottom: not begun, of 20 steps\n" in text
+    assert "\nlevel bottom: not begun\n" in text
     assert facts["trained"] == ["top"]
     stop_at(10)
     assert run(*words) == 1
@@ -174,3 +176,66 @@ def test_levels_are_told_one_by_one(
     (tmp_path / "prior.partial/settings.json").write_text('{"command": "train-prior"}')
     assert run("inspect", out) == 1
     assert f"{out}.partial: its records cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "out", "untrained", "expected"),
+    [
+        (
+            ["sample", "p", "--out", "s.png", "--codes", "a.zarr"],
+            "b.zarr",
+            (),
+            "vqmill sample p --out s.png --codes b.zarr",
+        ),
+        (
+            ["train-prior", "c", "--level", "top", "--out", "p"],
+            "q",
+            ("bottom",),
+            "vqmill train-prior c --level=bottom --out q",
+        ),
+        (
+            ["train-prior", "c", "--level=top", "--out=p"],
+            "q",
+            ("top", "bottom"),
+            "vqmill train-prior c --level=top --out=q",
+        ),
+        (
+            ["train-prior", "c", "--level", "top", "--out", "p"],
+            "q",
+            ("all",),
+            "vqmill train-prior c --level=all --out q",
+        ),
+    ],
+    ids=["sampled codes", "another level", "the same level", "all levels"],
+)
+def test_recorded_commands_make_what_they_are_told_of(
+    words: list[str], out: str, untrained: tuple[str, ...], expected: str, tmp_path: Path
+) -> None:
+    record = tmp_path / "run.json"
+    record.write_text(json.dumps({"command": ["vqmill", *words], "folder": str(Path.cwd())}))
+    assert recorded_command(record, Path(out), untrained) == expected
+
+
+def test_the_folder_that_one_is_in_can_be_inspected(
+    inspected: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = priors.LevelShape("codes", 8, (2, 2))
+    config = priors.preset_config("pixelcnn-tiny", [shape], 2, "0" * 32)
+    priors.save(priors.Prior(config, ("cat", "dog")), tmp_path / "prior")
+    monkeypatch.chdir(tmp_path / "prior")
+    text, facts = inspected(".")
+    assert text.startswith(".: a prior, ")
+    assert "  classes: 0 cat, 1 dog\n" in f"{text}\n"
+    assert facts["class_names"] == ["cat", "dog"]
+
+
+def test_a_checkpoint_says_how_good_its_training_found_it(
+    run: Callable[..., int], inspected: Any, make_store: Callable[..., Path], tmp_path: Path, no_fsync: None
+) -> None:
+    store, out = make_store(tmp_path / "codes.zarr", 40), tmp_path / "prior"
+    assert run("train-prior", store, "--out", out, *PRIOR) == 0
+    record = json.loads((out / "run.json").read_bytes())
+    bits = record["evaluation"]["bottom"]["bits_per_code"]
+    assert f"\nlevel bottom: {bits:.3f} bits per held-out code (uniform " in inspected(out)[0]
+    (out / "run.json").write_text(json.dumps(record | {"fingerprint": "another"}))
+    assert "held-out" not in inspected(out)[0]

@@ -183,7 +183,7 @@ def test_the_command_goes_on_and_remembers_what_it_had_set_aside(
 
     monkeypatch.setattr(tokenizer.TokenizerStep, "update", update)
     assert command("stopped") == 1
-    assert "stopped. What was committed, or saved as a resume point, is kept" in capsys.readouterr().err
+    assert "stopped. Whatever was committed, or saved as a resume point, is kept" in capsys.readouterr().err
     assert not (tmp_path / "stopped").exists()
     assert command("stopped") == 3
     said = capsys.readouterr().err

@@ -56,11 +56,11 @@ def test_files_that_are_not_understood_are_refused(tmp_path: Path, content: str,
         read_tables(path, ("tokenizer", "fit"))
 
 
-@pytest.mark.parametrize("table", ["tokenizer", "prior", "prior.bottom"])
-def test_a_setting_of_the_training_in_another_table_is_sent_to_its_own(tmp_path: Path, table: str) -> None:
+@pytest.mark.parametrize(("table", "own"), [("tokenizer", "fit"), ("prior", "fit"), ("prior.bottom", "fit.bottom")])
+def test_a_setting_of_the_training_in_another_table_is_sent_to_its_own(tmp_path: Path, table: str, own: str) -> None:
     path = tmp_path / "run.toml"
     path.write_text(f"[{table}]\nsteps = 100\n")
-    message = rf"\[{table}\] steps is a setting of the training; write it into the table \[fit\]\."
+    message = rf"\[{table}\] steps is a setting of the training; write it into the table \[{own}\]\."
     with pytest.raises(UsageError, match=message):
         read_tables(path, ("tokenizer", "prior", "fit"))
 
@@ -98,14 +98,20 @@ def test_help_says_what_presets_train_for(command: Callable[..., int], recipes: 
 
 def test_a_level_has_values_of_its_own_under_the_flags() -> None:
     table = {"steps": 70, "batch_size": 8, "bottom": {"steps": 90, "learning_rate": 1e-4, "batch_size": 16}}
-    fits = level_fits(RECIPE, table, {"batch_size": 4}, ("top", "bottom"), "cpu")
+    fits = level_fits(RECIPE, table, {"batch_size": 4}, ("top", "bottom"))
     assert [(name, fit.steps, fit.learning_rate, fit.batch_size) for name, fit in fits.items()] == [
         ("top", 70, RECIPE.learning_rate, 4), ("bottom", 90, 1e-4, 4),
     ]  # fmt: skip
-    with pytest.raises(UsageError, match=r"\[fit.botom\]: the levels are top, bottom. Did you mean 'bottom'"):
-        level_fits(RECIPE, {"botom": {"steps": 9}}, {}, ("top", "bottom"), "cpu")
-    with pytest.raises(UsageError, match="Did you mean 'steps'"):
-        level_fits(RECIPE, {"top": {"step": 9}}, {}, ("top", "bottom"), "cpu")
+    with pytest.raises(UsageError, match=r"\[fit.botom\]: the levels are 'top', 'bottom'. Did you mean 'bottom'"):
+        level_fits(RECIPE, {"botom": {"steps": 9}}, {}, ("top", "bottom"))
+    with pytest.raises(UsageError, match=r"\[fit.top\]: unknown key 'step'.* Did you mean 'steps'"):
+        level_fits(RECIPE, {"top": {"step": 9}}, {}, ("top", "bottom"))
+    with pytest.raises(UsageError, match=r"\[fit.top\] steps: expected int"):
+        level_fits(RECIPE, {"top": {"steps": "x"}}, {}, ("top", "bottom"))
+    with pytest.raises(UsageError, match="level 'top': --steps must be at least 1"):
+        level_fits(RECIPE, {"top": {"steps": 0}}, {}, ("top", "bottom"))
+    with pytest.raises(UsageError, match="Tables of levels are for train-prior"):
+        fit_config(RECIPE, {"top": {"steps": 9}}, {})
 
 
 @pytest.mark.parametrize(
@@ -117,9 +123,9 @@ def test_auto_takes_bf16_where_it_is_native(
     features: dict[str, bool], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
-    assert resolved("auto", "cpu") == expected
-    assert fit_config(RECIPE, {"precision": "auto"}, {}).precision == expected
-    assert fit_config(RECIPE, {"precision": "auto"}, {"precision": "fp32"}).precision == "fp32"
+    assert resolved("auto", "cpu", None) == expected
+    assert resolved("fp32", "cpu", None) == "fp32"
+    assert [resolved("auto", "cpu", begun) for begun in ("fp32", "bf16")] == ["fp32", "bf16"]
 
 
 def test_auto_does_not_take_bf16_whose_products_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

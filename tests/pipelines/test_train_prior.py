@@ -74,7 +74,42 @@ def test_a_table_of_a_level_is_that_level_s_recipe(
     assert "a short run, of 40 steps: warmup_steps is 4 instead of 20" in said.out + said.err
     config.write_text("[fit.middle]\nsteps = 4\n")
     assert run("train-prior", store, "--out", tmp_path / "x", "--config", config) == 2
-    assert "[fit.middle]: the levels are top, bottom." in capsys.readouterr().err
+    assert "[fit.middle]: the levels are 'top', 'bottom'." in capsys.readouterr().err
+
+
+def test_each_level_may_be_trained_with_its_own_flags(
+    make_store: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], no_fsync: None
+) -> None:
+    store, out = make_store(tmp_path / "codes.zarr", 40), tmp_path / "prior"
+    words = ("train-prior", store, "--out", out, "--preset", "pixelcnn-tiny")
+    assert run(*words, "--level", "top", "--steps", 4) == 0
+    assert run("inspect", out) == 0
+    said = capsys.readouterr().out
+    assert "level top: trained, 4 steps" in said
+    assert "level bottom: not begun" in said
+    assert run(*words, "--level", "top", "--steps", 5) == 2
+    said = capsys.readouterr().err
+    assert "fit.top.steps: there 4, now 5" in said
+    assert "With --level the flags are of that level alone." in said
+    assert run(*words, "--level", "bottom", "--steps", 7) == 0
+    steps = json.loads((out / "run.json").read_bytes())["settings"]["fit"]
+    assert [steps[level]["steps"] for level in ("top", "bottom")] == [4, 7]
+    assert run(*words, "--level", "bottom", "--steps", 7) == 0, "again is no harm"
+    assert run(*words, "--level", "bottom", "--steps", 8) == 2
+    assert "fit.bottom.steps: there 7, now 8" in capsys.readouterr().err
+
+
+def test_auto_goes_on_with_what_a_run_was_begun_with(
+    make_store: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_fsync: None
+) -> None:
+    store, out = make_store(tmp_path / "codes.zarr", 40), tmp_path / "prior"
+    words = ("train-prior", store, "--out", out, "--preset", "pixelcnn-tiny", "--steps", 4, "--precision", "auto")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    assert run(*words, "--level", "top") == 0
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)
+    assert run(*words) == 0
+    fits = json.loads((out / "run.json").read_bytes())["settings"]["fit"]
+    assert [fits[level]["precision"] for level in ("top", "bottom")] == ["bf16", "fp32"]
 
 
 def test_levels_by_themselves_give_the_same_prior(
@@ -186,6 +221,10 @@ def test_options_of_drawing_reach_the_codes(trained: Path, tokenizer_folder: Pat
         (
             ("--complete", "STORE", "--keep", 0.9),
             "would keep 2 of the 2 rows of level 'top', so that nothing is left to draw. Take 0.50, or between",
+        ),
+        (
+            ("--complete", "STORE", "--keep", "nan"),
+            "would keep 0 of the 2 rows of level 'top'",
         ),
         (
             ("--complete", "STORE", "--keep", 0.1),

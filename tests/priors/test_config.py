@@ -101,8 +101,10 @@ def test_a_level_can_have_sizes_of_its_own():
     top, bottom = preset_config("razavi", LEVELS, 3, "tok", depth=16, bottom={"num_layers": 2, "depth": 8}).networks
     assert (top.depth, top.num_layers, top.attention_every, top.num_condition_blocks) == (16, 20, 5, 2)
     assert (bottom.depth, bottom.num_layers, bottom.attention_every, bottom.num_condition_blocks) == (8, 2, 0, 20)
-    with pytest.raises(CodesError, match="level 'botom': the levels are top, bottom"):
+    with pytest.raises(CodesError, match="level 'botom': the levels are 'top', 'bottom'"):
         preset_config("pixelcnn", LEVELS, 3, "tok", botom={"depth": 8})
+    with pytest.raises(CodesError, match="'kind': it is the preset's, here pixelcnn"):
+        preset_config("pixelcnn", LEVELS, 3, "tok", kind="gpt")
 
 
 @pytest.mark.parametrize(

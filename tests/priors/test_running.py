@@ -119,3 +119,14 @@ def test_whole_samples_do_not_depend_on_the_sampler(toy, sampler):
     found = sample(toy.double(), 4, labels, seed=5, sampler=sampler)
     expected = sample(toy, 4, labels, seed=5, batch_size=1)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("sampler", ["cached", "naive"])
+def test_autocast_and_gradients_outside_change_nothing(network, sampler):
+    level, condition = level_of(network, 3, "bottom")
+    expected, _ = drawn(level, condition, 5, sampler)
+    with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16):
+        found, _ = drawn(level, condition, 5, sampler)
+    assert torch.equal(found, expected)
+    with torch.enable_grad():  # sessions write into buffers, which gradients do not pass
+        level.session(5, condition).step(None)

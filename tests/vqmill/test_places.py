@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
-import socket
-import subprocess
 import sys
-import time
-import urllib.request
+from dataclasses import replace
 
 import numpy as np
 import obstore
@@ -17,49 +15,16 @@ import zarr
 
 import vqmill
 from vqmill import CodesError
-from vqmill.places import Bucket, Folder, read_file
+from vqmill import bucket as bucket_module
+from vqmill.bucket import Bucket
+from vqmill.places import Folder, read_file
 
-SECRET = "sentinel-secret-4711"
 
-
-@pytest.fixture(scope="module")
-def bucket(tmp_path_factory, finished_store):
-    """The address of a bucket that holds the finished store as codes.zarr; the environment says how it is reached."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = tmp_path_factory.mktemp("moto") / "log"
-    with log.open("wb") as output:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)], stdout=output, stderr=output
-        )
-    endpoint = f"http://127.0.0.1:{port}"
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "AWS_ENDPOINT_URL": endpoint,
-            "AWS_ACCESS_KEY_ID": "someone",
-            "AWS_SECRET_ACCESS_KEY": SECRET,
-            "AWS_REGION": "us-east-1",
-        }.items():
-            patch.setenv(name, value)
-        try:
-            for _ in range(200):
-                assert server.poll() is None, log.read_text()
-                try:
-                    urllib.request.urlopen(urllib.request.Request(f"{endpoint}/corpora", method="PUT")).close()
-                    break
-                except OSError:
-                    time.sleep(0.1)
-            place = Bucket("s3://corpora")
-            for file in finished_store.rglob("*"):
-                if file.is_file():
-                    obstore.put(
-                        place.store, f"codes.zarr/{file.relative_to(finished_store).as_posix()}", file.read_bytes()
-                    )
-            yield place
-        finally:
-            server.terminate()
-            server.wait()
+@pytest.fixture
+def bucket(s3, finished_store):
+    """The bucket, which holds the finished store as codes.zarr."""
+    s3.upload(finished_store, "s3://corpora/codes.zarr")
+    return Bucket("s3://corpora")
 
 
 def test_a_store_in_a_bucket_reads_as_on_the_disk(bucket, finished_store):
@@ -96,6 +61,52 @@ def test_one_row_takes_one_range_not_the_file(bucket, monkeypatch):
     size = len(obstore.get(bucket.store, "codes.zarr/top/c/0/0/0").bytes())
     assert [file for file, _ in asked] == ["top/c/0/0/0"] * 2  # the index, then a chunk, once
     assert sum(length for _, length in asked) <= size
+
+
+@pytest.fixture
+def chunky(s3, stores, address, tmp_path, monkeypatch):
+    """A store of four rows a chunk on the disk and in the bucket, 64 rows in four Zarr shards, with the gets of its ranges."""
+    monkeypatch.setattr("vqmill.spec.CHUNK_BYTES", 60)
+    spec = replace(stores.two_levels, rows_per_shard=16)
+    here = stores.write(tmp_path / "codes.zarr", spec, stores.codes(spec, 64))
+    asked = []
+    original = Bucket.get_ranges
+    monkeypatch.setattr(
+        Bucket,
+        "get_ranges",
+        lambda self, file, starts, sizes: asked.append((file, len(starts))) or original(self, file, starts, sizes),
+    )
+    return here, s3.upload(here, f"{address}/codes.zarr"), asked
+
+
+def test_chunks_that_are_read_together_are_asked_for_together(chunky):
+    here, there, asked = chunky
+    codes = vqmill.open_codes(there)
+    expected = vqmill.open_codes(here)["top"][:]
+    assert codes["top"]._reader.chunk_rows < 16
+    np.testing.assert_array_equal(codes["top"][:], expected)
+    chunks = 16 // codes["top"]._reader.chunk_rows
+    assert sorted(asked) == [(f"top/c/{shard}/0/0", chunks) for shard in range(4)]
+    scattered = [60, 61, 62, 63, 3, 2, 1, 0, 33]
+    np.testing.assert_array_equal(codes["top"][scattered], expected[scattered])
+
+
+def test_a_damaged_chunk_among_many_is_named_and_the_others_are_read(chunky):
+    here, there, _ = chunky
+    place, name = Bucket(there), "top/c/1/0/0"
+    data = bytearray(place.get(name)[0])
+    rows = vqmill.open_codes(here)["top"]._reader.chunk_rows
+    start, size = np.frombuffer(data[-16 * (16 // rows) - 4 : -4], "<u8").reshape(-1, 2)[1].tolist()
+    data[start + size // 2] ^= 1
+    place.write(name, bytes(data))
+    place.delete(["top/c/3/0/0"])
+    codes = vqmill.open_codes(there)
+    for stop, bad in ((64, f"{16 + rows}..{16 + 2 * rows - 1}"), (32, f"{16 + rows}..")):
+        with pytest.raises(CodesError, match=rf"'top' cannot be read in rows {re.escape(bad)}"):
+            codes["top"][:stop]
+    with pytest.raises(CodesError, match=r"rows 48\.\..*no such object"):
+        codes["top"][32:]
+    np.testing.assert_array_equal(codes["top"][32:48], vqmill.open_codes(here)["top"][32:48])
 
 
 def test_what_is_missing_or_damaged_is_named(bucket, finished_store):
@@ -136,21 +147,22 @@ def test_other_codecs_in_a_bucket_are_read_by_zarr(bucket, store, stores):
     np.testing.assert_array_equal(found, stores.codes(stores.two_levels, 21)["top"])
 
 
-def test_no_message_holds_a_secret(bucket, monkeypatch):
+def test_no_message_holds_a_secret(bucket, s3, monkeypatch):
+    monkeypatch.setattr(bucket_module, "RETRY", {"max_retries": 1})
     messages = [repr(vqmill.open_codes("s3://corpora/codes.zarr"))]
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(CodesError) as unreachable:
         vqmill.open_codes("s3://corpora/codes.zarr")
     messages.append(str(unreachable.value))
     for address in (
-        f"s3://someone:{SECRET}@corpora/codes.zarr?token={SECRET}",
-        f"ftp://x:{SECRET}@host/a",
-        f"https://x:{SECRET}@127.0.0.1:9/codes.zarr",
+        f"s3://someone:{s3.secret}@corpora/codes.zarr?token={s3.secret}",
+        f"ftp://x:{s3.secret}@host/a",
+        f"https://x:{s3.secret}@127.0.0.1:9/codes.zarr",
     ):
         with pytest.raises(CodesError) as error:
             vqmill.open_codes(address)
         messages.append(str(error.value))
-    assert not any(SECRET in message for message in messages), messages
+    assert not any(s3.secret in message for message in messages), messages
 
 
 def test_without_obstore_it_is_said_how_to_get_it(monkeypatch):

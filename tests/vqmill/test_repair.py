@@ -14,7 +14,7 @@ from hypothesis import given, settings
 
 import vqmill
 from vqmill import CodesError
-from vqmill import repair as repair_module
+from vqmill import places as places_module
 from vqmill.errors import UsageError
 from vqmill.files import hold_lock
 from vqmill.layout import commit_file, read_spec, shard_files
@@ -31,7 +31,7 @@ def finish(stores, store):
     """What `tokenize` does next: makes missing files of committed Zarr shards again, then goes on behind the last commit."""
     spec, codes = read_spec(store), stores.codes(stores.two_levels, 21)
     for shard in range(spec.num_commits):
-        recorded = Commit.read(store / commit_file(shard)).files
+        recorded = Commit.read(store, commit_file(shard)).files
         if not all((store / name).is_file() for name in recorded):
             rows = slice(8 * shard, min(21, 8 * shard + 8))
             samples = stores.samples(LABELS[rows], rows.start)
@@ -254,7 +254,7 @@ def kill_after(monkeypatch, steps):
 
         return run
 
-    monkeypatch.setattr(repair_module, "write_whole", limited(repair_module.write_whole))
+    monkeypatch.setattr(places_module, "write_whole", limited(places_module.write_whole))
     monkeypatch.setattr(Path, "unlink", limited(Path.unlink))
 
 

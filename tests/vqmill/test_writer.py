@@ -15,7 +15,7 @@ import pytest
 import vqmill
 from vqmill import CodesError, LevelSpec
 from vqmill import files as files_module
-from vqmill import writer as writer_module
+from vqmill import places as places_module
 from vqmill.settings import different_settings
 from vqmill.writer import Commit, Counts, Cursor, StoreWriter, write_shard
 
@@ -36,7 +36,7 @@ def killing_write(monkeypatch, after):
         files_module.write_whole(path, data)
         written.append(path)
 
-    monkeypatch.setattr(writer_module, "write_whole", write)
+    monkeypatch.setattr(places_module, "write_whole", write)
     return written
 
 
@@ -131,16 +131,16 @@ def test_leftovers_are_swept(tmp_path, stores):
 @pytest.mark.parametrize("name", ["bottom", "commits", "top/c/0/0/0", "stray"])
 @pytest.mark.parametrize("finished", [False, True])
 def test_links_inside_a_store_are_neither_followed_nor_removed(tmp_path, stores, name, finished):
-    """Somebody moved a part of the store to another disk: a finished store is left as it is, an unfinished one is not gone on with."""
+    """Somebody moved a part of the store to another disk: an unfinished store is not gone on with, nor one whose records are elsewhere."""
     spec, codes = stores.two_levels, stores.codes(stores.two_levels, 21)
     path = stores.write(tmp_path / "codes.zarr", spec, codes, stop_after=None if finished else 2)
     outside = tmp_path / "outside"
     (path / name).rename(outside) if (path / name).exists() else outside.write_text("keep me")
     (path / name).symlink_to(outside)
-    if finished:
+    if finished and name != "commits":
         StoreWriter(path, spec).close()
     else:
-        with pytest.raises(CodesError, match="symbolic link inside a store that is being written"):
+        with pytest.raises(CodesError, match=f"{name}.* symbolic link"):
             StoreWriter(path, spec)
     assert (path / name).is_symlink()
     assert outside.exists()
@@ -300,7 +300,7 @@ def test_a_damaged_commit_record_stops_a_resume(tmp_path, stores, content):
 def test_a_commit_record_survives_its_file(tmp_path):
     commit = Commit(3, 24, 5, Cursor(1, 2, 3), Counts(5, 1, 2), {"top/c/3/0/0": {"bytes": 3, "sha256": "ab" * 32}})
     (tmp_path / "record.json").write_bytes(commit.to_bytes())
-    assert Commit.read(tmp_path / "record.json") == commit
+    assert Commit.read(tmp_path, "record.json") == commit
     assert b'"cursor": {' in commit.to_bytes()
 
 
@@ -318,7 +318,7 @@ def test_a_record_that_says_nonsense_of_a_file_is_damaged(tmp_path, facts):
     commit = Commit(3, 24, 5, Cursor(1, 2, 3), Counts(5, 1, 2), {"top/c/3/0/0": facts})
     (tmp_path / "record.json").write_bytes(commit.to_bytes())
     with pytest.raises(CodesError, match="damaged commit record"):
-        Commit.read(tmp_path / "record.json")
+        Commit.read(tmp_path, "record.json")
 
 
 def test_only_the_last_zarr_shard_may_be_ragged(tmp_path, stores):
