@@ -40,6 +40,7 @@ SECTIONS: dict[str, Section] = {
     "images": images.decoding,
     "tars": corpus.tars,
     "raw": corpus.raw,
+    "s3": corpus.s3,
     "encoding": corpus.encoding,
 }
 

@@ -13,7 +13,7 @@ from pipelines.app import app, run
 from pipelines.cli_priors import sample, score, train_prior
 from pipelines.cli_stores import merge, repair, slice_store, verify
 from pipelines.memory import keep_freed_memory
-from pipelines.options import Codec, Common, Device, FitFlags, Layout, PixelRange, Precision
+from pipelines.options import Codec, Common, Device, FitFlags, ImageFlags, Layout, PixelRange, Precision
 
 __all__ = ["app", "main"]
 
@@ -21,7 +21,7 @@ __all__ = ["app", "main"]
 @app.command
 def train_tokenizer(
     corpus: str, /, *, out: Path, preset: str = "rgb32", config: Path | None = None, size: int | None = None,
-    holdout: float = 0.05, flags: FitFlags = FitFlags(), common: Common = Common(),
+    holdout: float = 0.05, images: ImageFlags = ImageFlags(), flags: FitFlags = FitFlags(), common: Common = Common(),
 ) -> int:  # fmt: skip
     """Train a VQ-VAE or VQ-VAE-2 on a corpus.
 
@@ -42,7 +42,7 @@ def train_tokenizer(
     | unixpickle_256 | 100,000 | 16 | 0.001 | fp32 |
 
     Args:
-        corpus: a folder of images, quoted tar shards, or torchvision:NAME?root=DIR.
+        corpus: a folder of images, or quoted tar shards, here or in a bucket (s3://bucket/photos/), or torchvision:NAME?root=DIR.
         out: the folder to make.
         preset: ours: grey28 (one level, 7x7 codes), rgb32 or rgb256 (two levels: top and bottom), fsq32 (no codebook to learn), dalle64;
             published ones: nngen_mnist, zalando_cifar, sonnet_cifar, unixpickle_256. docs/tokenizers.md describes each.
@@ -52,7 +52,10 @@ def train_tokenizer(
     """
     from pipelines.train_tokenizer import train_tokenizer as job
 
-    return run(common, lambda: job(corpus, out, preset=preset, config=config, size=size, holdout=holdout, flags=flags))
+    return run(
+        common,
+        lambda: job(corpus, out, preset=preset, config=config, size=size, holdout=holdout, flags=flags, images=images),
+    )
 
 
 @app.command
@@ -60,7 +63,7 @@ def evaluate(
     *places: str, tokenizer_module: str | None = None, out: Path | None = None, size: int | None = None, holdout: float | None = None,
     everything: Annotated[bool, Parameter(name="--all", negative="")] = False, limit: int | None = None, batch_size: int = 32,
     by_label: Annotated[bool, Parameter(negative="")] = False, precision: Precision = "fp32", device: Device = "auto",
-    lpips: Path | None = None, lpips_backbone: Path | None = None, rfid: Path | None = None, common: Common = Common(),
+    lpips: Path | None = None, lpips_backbone: Path | None = None, rfid: Path | None = None, images: ImageFlags = ImageFlags(), common: Common = Common(),
 ) -> int:  # fmt: skip
     """Measure what a tokenizer keeps of images: PSNR, SSIM, normalised error, and how it uses its codes.
 
@@ -71,11 +74,11 @@ def evaluate(
         vqmill evaluate photos/ --tokenizer-module my_models.vqgan:make
 
     Args:
-        places: the folder that train-tokenizer or import-checkpoint wrote, and the corpus: a folder of images, quoted tar shards, or
-            torchvision:NAME?root=DIR. With --tokenizer-module the corpus alone.
+        places: the folder that train-tokenizer or import-checkpoint wrote, and the corpus: a folder of images, or quoted tar shards, here or
+            in a bucket (s3://bucket/photos/), or torchvision:NAME?root=DIR. With --tokenizer-module the corpus alone.
         tokenizer_module: package.module:factory, your own code, as for tokenize.
         out: a folder to make: evaluation.json, worst_and_best.png (original, reconstruction and error), quarantine.parquet, run.json.
-        size: side in pixels that images are resized and cropped to; the tokenizer's training size if not given.
+        size: side in pixels of the squares that images are made into; the tokenizer's training size if not given.
         holdout: look at this share of the samples, chosen by their keys as in training.
         everything: look at all images.
         limit: look at this many images at most.
@@ -92,7 +95,7 @@ def evaluate(
 
     return run(common, lambda: job(places, out, EvaluateOptions(
         size=size, holdout=holdout, everything=everything, limit=limit, batch_size=batch_size, device=device, precision=precision,
-        by_label=by_label, lpips=lpips, lpips_backbone=lpips_backbone, rfid=rfid,
+        by_label=by_label, images=images, lpips=lpips, lpips_backbone=lpips_backbone, rfid=rfid,
     ), module=tokenizer_module))  # fmt: skip
 
 
@@ -100,7 +103,8 @@ def evaluate(
 def tokenize(
     corpus: str, /, *, tokenizer: Path | None = None, tokenizer_module: str | None = None, out: str, size: int | None = None, workers: int | None = None, batch_size: int = 32,
     shard_rows: int | None = None, codec: Codec = "auto", precision: Precision = "fp32", device: Device = "auto", limit: int | None = None,
-    retry_quarantined: Annotated[bool, Parameter(negative="")] = False, dry_run: Annotated[bool, Parameter(negative="")] = False, common: Common = Common(),
+    retry_quarantined: Annotated[bool, Parameter(negative="")] = False, images: ImageFlags = ImageFlags(), dry_run: Annotated[bool, Parameter(negative="")] = False,
+    common: Common = Common(),
 ) -> int:  # fmt: skip
     """Send a corpus through a tokenizer into a code store.
 
@@ -108,12 +112,12 @@ def tokenize(
     grown is appended: give the command again, with the new tars or files sorted behind the old ones.
 
     Args:
-        corpus: a folder of images, quoted tar shards, or torchvision:NAME?root=DIR.
+        corpus: a folder of images, or quoted tar shards, here or in a bucket (s3://bucket/photos/), or torchvision:NAME?root=DIR.
         tokenizer: the folder that train-tokenizer or import-checkpoint wrote.
         tokenizer_module: instead, package.module:factory, your own code: installed, or found from the current directory. It makes an object
             with the methods that docs/tokenizer-protocol.md describes; try it with check-tokenizer.
         out: the store to make, for example codes.zarr, or s3://bucket/codes.zarr (gs, az; docs/object-stores.md).
-        size: side in pixels that images are resized and cropped to; the tokenizer's training size if not given.
+        size: side in pixels of the squares that images are made into; the tokenizer's training size if not given.
         workers: encoder processes; one for each core, or GPU, if not given.
         batch_size: images encoded at once.
         shard_rows: rows of a Zarr shard, the unit of commit; 4,096 at most if not given. Raised a little when it divides badly.
@@ -129,7 +133,7 @@ def tokenize(
 
     return run(common, lambda: job(
         corpus, tokenizer, out, module=tokenizer_module, size=size, workers=workers, batch_size=batch_size, shard_rows=shard_rows, codec=codec,
-        precision=precision, device=device, dry_run=dry_run, limit=limit, retry_quarantined=retry_quarantined,
+        precision=precision, device=device, dry_run=dry_run, limit=limit, retry_quarantined=retry_quarantined, images=images,
     ))  # fmt: skip
 
 

@@ -10,11 +10,10 @@ import numpy as np
 import torch
 
 from pipelines.corpus.decoding import decode_sample
-from pipelines.corpus.images import Preprocessing
 from pipelines.corpus.plan import Plan, plan_corpus
 from pipelines.corpus.samples import read_samples
 from pipelines.foreign import FLAG, load_tokenizer
-from pipelines.options import choose_device, row_range
+from pipelines.options import ImageFlags, choose_device, row_range
 from pipelines.pictures import (
     Panel,
     Pixels,
@@ -119,12 +118,12 @@ def decode_rows(
 
 
 def original_images(plan: Plan, codes: Codes, rows: range, size: int, channels: int) -> Pixels:
-    """The images that rows were made from, read again from the corpus: uint8 [N, C, size, size].
+    """The images that rows were made from, read again from the corpus and prepared as the store says: uint8 [N, C, size, size].
 
     Raises:
         CodesError: the corpus has changed.
     """
-    preprocessing = Preprocessing(size=size, channels=channels)
+    preprocessing = ImageFlags().or_recorded(codes.spec.preprocessing).preprocessing(size, channels)
     samples = codes.samples(rows.start, rows.stop).select(["input_shard", "index", "key"]).to_pylist()
     found: dict[tuple[int, int], np.ndarray[Any, Any]] = {}
     for shard in sorted({sample["input_shard"] for sample in samples}):

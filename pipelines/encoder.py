@@ -23,6 +23,7 @@ from vqmill.commits import Counts
 from vqmill.spec import dtype_for
 from vqmill.tables import QUARANTINE_SCHEMA, SAMPLES_SCHEMA
 
+REMOTE_THREADS = 8  # that decode what comes from a bucket: they wait for it most of the time
 SPAN_SAMPLES = 256  # what is sent to the store at a time, and what a resume may have to encode again
 PADDED_SIZES = (1, 8, 32)  # the last batch of a span is padded to the next of these, so that few shapes are ever run
 
@@ -91,6 +92,7 @@ class SpanEncoder:
         # int64 would weigh four to eight times as much
         self._dtypes = {level: dtype_for(size) for level, size in self._tokenizer.levels.items()}
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
+        self._waiting_threads = ThreadPoolExecutor(REMOTE_THREADS, thread_name_prefix="fetch")
 
     def spans(self, shard: InputShard, first_span: int = 0, stop_span: int | None = None) -> Iterator[Span]:
         """Encodes an input shard from a span on, to its end or up to another span. The next span is decoded while this one is encoded."""
@@ -104,7 +106,8 @@ class SpanEncoder:
             index += 1
 
     def _decode_next(self, shard: InputShard, refs: Iterator[SampleRef]) -> list[Future[_Outcome]]:
-        return [self._threads.submit(_load, shard, ref, self._preprocessing) for ref in islice(refs, SPAN_SAMPLES)]
+        threads = self._waiting_threads if shard.remote else self._threads
+        return [threads.submit(_load, shard, ref, self._preprocessing) for ref in islice(refs, SPAN_SAMPLES)]
 
     def _encode(self, index: int, shard: InputShard, span: Sequence[Future[_Outcome]]) -> Span:
         pixels, rows, quarantined = [], [], []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,18 +20,19 @@ from pipelines.corpus.walk import NamedImage, walk_images
 from pipelines.foreign import FLAG, ForeignTokenizer, load_tokenizer
 from pipelines.gallery import Exhibit, Gallery
 from pipelines.learned import LearnedMeasures
-from pipelines.options import Device, Precision, choose_device
+from pipelines.options import Device, ImageFlags, Precision, choose_device
 from pipelines.outputs import RUN_FILE, OutputFolder, refuse_inside, run_record
 from pipelines.pictures import save_picture
 from pipelines.planning import planned
 from pipelines.progress import meter
 from pipelines.results import QUARANTINED, Result
+from pipelines.training_record import trained_images, training_record
 from tokenizer.evaluation import Evaluation, Measured
 from tokenizer.frechet import DIMENSIONS
 from tokenizer.protocol import ImageTokenizer, level_specs
 from vqmill.commits import Counts
 from vqmill.errors import CodesError, UsageError
-from vqmill.files import SETTINGS_FILE, canonical_json, write_whole
+from vqmill.files import canonical_json, write_whole
 from vqmill.layout import parquet_bytes
 from vqmill.usage import title
 
@@ -70,6 +71,7 @@ class EvaluateOptions:
     """How to evaluate; see `vqmill evaluate --help`."""
 
     size: int | None = None
+    images: ImageFlags = field(default_factory=ImageFlags)
     holdout: float | None = None
     everything: bool = False
     limit: int | None = None
@@ -140,7 +142,7 @@ def evaluate(places: Sequence[str], out: Path | None, options: EvaluateOptions, 
     if out:
         refuse_inside(out, corpus)
     plan = planned(corpus)
-    preprocessing = Preprocessing(size=size, channels=model.channels)
+    preprocessing = trained_images(folder, options.images).preprocessing(size, model.channels)
     job = _Job(model, device, plan, preprocessing, select(folder, plan, options), options, learned)
     place = str(folder or module)
     if out is None:
@@ -186,9 +188,9 @@ def select(folder: Path | None, plan: Plan, options: EvaluateOptions) -> Selecti
     Raises:
         UsageError: the record of the training cannot be read.
     """
-    record = _training_record(folder) if folder else None
-    same = record is not None and record["plan"] == plan.digest
-    left_out = record["holdout"] if record else None
+    record = training_record(folder) if folder else None
+    same = record is not None and record.plan == plan.digest
+    left_out = record.holdout if record else None
     if options.everything:
         return Selection(None, "all images" + (", most of which it was trained on" if same else ""))
     if options.holdout is not None:
@@ -208,30 +210,6 @@ def select(folder: Path | None, plan: Plan, options: EvaluateOptions) -> Selecti
         "all images: the corpus is not as it was trained on. If it holds images of the training, take those that were left out: "
         f"--holdout {left_out:g}",
     )
-
-
-def _training_record(folder: Path) -> dict[str, Any] | None:
-    """`plan` and `holdout` of the training, None where no settings lie beside the tokenizer."""
-    path = (folder if folder.is_dir() else folder.parent) / SETTINGS_FILE
-    if not path.is_file():
-        return None
-    try:
-        found = json.loads(path.read_bytes())
-        if (
-            found.get("command", "train-tokenizer") != "train-tokenizer"
-        ):  # an imported tokenizer: nobody knows what it was trained on
-            return None
-        record = {"plan": str(found["plan"]), "holdout": float(found["holdout"])}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(
-            f"{path}: expected the settings of train-tokenizer, found something else ({error!r}). Restore it from a copy; without the "
-            "file, all images are looked at."
-        ) from error
-    if not 0 < record["holdout"] < 1:
-        raise UsageError(
-            f"{path}: expected a hold-out between 0 and 1, found {record['holdout']}. Restore it from a copy."
-        )
-    return record
 
 
 def _measure(job: _Job) -> _Outcome:

@@ -6,12 +6,15 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
 from pipelines.training_log import require_tensorboard
-from vqmill.errors import UsageError
+from vqmill.errors import CodesError, UsageError
+
+if TYPE_CHECKING:
+    from pipelines.corpus.images import Preprocessing
 
 TENSORBOARD_FOLDER = "tensorboard"
 FIRST_ROWS = 16  # that a picture shows when nobody says which
@@ -65,6 +68,69 @@ class FitFlags:
     def fit(self) -> dict[str, object]:
         """The flags that are fields of FitConfig."""
         return {name: getattr(self, name) for name in ("steps", "batch_size", "learning_rate", "precision", "seed")}
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class ImageFlags:
+    """How images become squares of pixels; None leaves it to what is recorded, and to the defaults of `Preprocessing` where nothing is."""
+
+    fit: Literal["crop", "pad"] | None = None
+    """crop takes the square in the middle of an image; pad takes all of it, and fills the square up with --background. If not given, crop for training; after it, as the tokenizer was trained, where that is known."""
+    max_image_memory: float | None = None
+    """MB (10^6 bytes) that decoding one image may take; images that need more are quarantined. If not given, 200 for training; after it, as for --fit."""
+    background: str | None = None
+    """R,G,B from 0 to 255: what is seen through transparent pixels, and beside the image with --fit pad. If not given, 255,255,255 for training; after it, as for --fit."""
+
+    def or_recorded(self, record: Mapping[str, Any]) -> ImageFlags:
+        """The same flags, with what was not given taken from a record.
+
+        Args:
+            record: of a training or of a store, as `Preprocessing.to_dict` gives it; it may lack any of it.
+
+        Raises:
+            UsageError: the record is none of ours.
+        """
+        try:
+            memory, background = record.get("max_memory_bytes"), record.get("background")
+            return ImageFlags(
+                self.fit or record.get("fit"),
+                self.max_image_memory if self.max_image_memory is not None or memory is None else memory / 1e6,
+                self.background or (background and ",".join(str(int(value)) for value in background)),
+            )
+        except (TypeError, ValueError) as error:
+            raise UsageError(
+                f"The recorded preprocessing {dict(record)} is none of ours ({error}). Give --fit, --max-image-memory and --background."
+            ) from error
+
+    def preprocessing(self, size: int, channels: int) -> Preprocessing:
+        """What a tokenizer's images are made into.
+
+        Args:
+            size: side of the square, pixels.
+            channels: 1 or 3.
+
+        Raises:
+            UsageError: a value is out of range.
+        """
+        from pipelines.corpus.images import Preprocessing
+
+        chosen: dict[str, Any] = {} if self.fit is None else {"fit": self.fit}
+        if self.max_image_memory is not None:
+            if not 1 <= self.max_image_memory < 1e9:
+                raise UsageError(f"--max-image-memory must be at least 1 (MB), got {self.max_image_memory:g}.")
+            chosen["max_memory_bytes"] = round(self.max_image_memory * 1e6)
+        if self.background is not None:
+            values = self.background.split(",")
+            if len(values) != 3 or not all(value.strip().isdecimal() and int(value) <= 255 for value in values):
+                raise UsageError(
+                    f"--background {self.background!r}: expected R,G,B, each from 0 to 255, for example 0,0,0."
+                )
+            chosen["background"] = tuple(map(int, values))
+        try:
+            return Preprocessing(size=size, channels=channels, **chosen)
+        except CodesError as error:
+            raise UsageError(str(error)) from error
 
 
 def choose_device(device: Device) -> str:

@@ -19,6 +19,7 @@ from pipelines.encoder import Encoding, describe_device
 from pipelines.errors import RunFailed
 from pipelines.foreign import packed, store_record
 from pipelines.growth import Job, grows, planned_job
+from pipelines.options import ImageFlags
 from pipelines.outputs import require_room
 from pipelines.spans import Encoders
 from tokenizer.protocol import ImageTokenizer, level_specs
@@ -37,7 +38,8 @@ class TokenizeOptions:
     """What shapes a store, beside corpus and tokenizer, and how many hands make it.
 
     Attributes:
-        size: side of the square that images are resized and cropped to, pixels.
+        size: side of the square that images are made into, pixels.
+        images: how they are.
         encoding: batch size and precision.
         rows_per_shard: rows of a Zarr shard, or a few more when these divide badly; None for the store's own rule.
         codec: how chunks are compressed; None for the smallest on the first Zarr shard.
@@ -46,6 +48,7 @@ class TokenizeOptions:
     """
 
     size: int
+    images: ImageFlags = field(default_factory=ImageFlags)
     encoding: Encoding = field(default_factory=Encoding)
     rows_per_shard: int | None = None
     codec: str | None = None
@@ -112,7 +115,7 @@ def store_spec(plan: Plan, model: ImageTokenizer, options: TokenizeOptions) -> S
 
 
 def _preprocessing(model: ImageTokenizer, options: TokenizeOptions) -> Preprocessing:
-    return Preprocessing(size=options.size, channels=model.channels)
+    return options.images.preprocessing(options.size, model.channels)
 
 
 def tokenize_corpus(

@@ -16,12 +16,13 @@ from pipelines.corpus.plan import Plan
 from pipelines.encoder import Encoding
 from pipelines.foreign import ForeignTokenizer, load_tokenizer
 from pipelines.growth import grows, planned_job
-from pipelines.options import Codec, Device, Precision, choose_device, default_workers
+from pipelines.options import Codec, Device, ImageFlags, Precision, choose_device, default_workers
 from pipelines.outputs import disk_bytes, refuse_inside, run_record
 from pipelines.planning import planned
 from pipelines.progress import meter
 from pipelines.results import Result
 from pipelines.tokenize import TokenizeOptions, TokenizeResult, store_spec, tokenize_corpus
+from pipelines.training_record import trained_images
 from tokenizer.protocol import ImageTokenizer, level_specs
 from vqmill.errors import CodesError, UsageError
 from vqmill.files import canonical_json
@@ -35,7 +36,7 @@ LISTED = 10
 def tokenize(
     corpus: str, tokenizer_path: Path | None, out: str | Path, *, module: str | None, size: int | None, workers: int | None, batch_size: int, shard_rows: int | None,
     codec: Codec, precision: Precision, device: Device, dry_run: bool, limit: int | None = None,
-    retry_quarantined: bool = False,
+    retry_quarantined: bool = False, images: ImageFlags = ImageFlags(),
 ) -> Result:  # fmt: skip
     """Runs the command; see `vqmill tokenize --help`."""
     for flag, value in (
@@ -58,7 +59,7 @@ def tokenize(
         raise UsageError(str(error)) from error
     chosen = choose_device(device)
     options = TokenizeOptions(
-        size, Encoding(batch_size, precision), shard_rows, None if codec == "auto" else codec,
+        size, trained_images(tokenizer_path, images), Encoding(batch_size, precision), shard_rows, None if codec == "auto" else codec,
         workers or default_workers(chosen), chosen,
     )  # fmt: skip
     refuse_inside(out, corpus)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from pipelines.corpus.samples import list_samples
 from pipelines.corpus.stream import TrainingStream
 from pipelines.corpus.walk import holdout_batches
 from pipelines.fit import Batch, FitConfig, Stream
-from pipelines.options import TENSORBOARD_FOLDER, FitFlags, choose_device
+from pipelines.options import TENSORBOARD_FOLDER, FitFlags, ImageFlags, choose_device
 from pipelines.outputs import RUN_FILE, OutputFolder, recorded_settings, refuse_inside, require_room, run_record
 from pipelines.pictures import Panel, code_panels, good_scale, save_picture, side_by_side
 from pipelines.planning import planned
@@ -50,12 +50,13 @@ class TokenizerJob:
     fit: FitConfig
     augmentation: Augmentation
     holdout_fraction: float
+    images: ImageFlags = field(default_factory=ImageFlags)
     num_threads: int = 2
 
     @property
     def preprocessing(self) -> Preprocessing:
         """How images are brought to the tokenizer's size."""
-        return Preprocessing(size=self.config.size, channels=self.config.channels)
+        return self.images.preprocessing(self.config.size, self.config.channels)
 
     def build(self, rank: int, world_size: int) -> Task:
         """A new tokenizer, the same on every rank, and this rank's images."""
@@ -89,12 +90,27 @@ class TokenizerJob:
 
 
 def train_tokenizer(
-    corpus: str, out: Path, *, preset: str, config: Path | None, size: int | None, holdout: float, flags: FitFlags
+    corpus: str,
+    out: Path,
+    *,
+    preset: str,
+    config: Path | None,
+    size: int | None,
+    holdout: float,
+    flags: FitFlags,
+    images: ImageFlags = ImageFlags(),
 ) -> Result:
     """Runs the command; see `vqmill train-tokenizer --help`."""
     refuse_inside(out, corpus)
     job, device, notes = _plan_job(
-        corpus, preset=preset, config=config, size=size, holdout=holdout, flags=flags, begun=recorded_settings(out)
+        corpus,
+        preset=preset,
+        config=config,
+        size=size,
+        holdout=holdout,
+        flags=flags,
+        images=images,
+        begun=recorded_settings(out),
     )
     settings = {
         "command": "train-tokenizer",
@@ -142,6 +158,7 @@ def _plan_job(
     holdout: float,
     flags: FitFlags,
     begun: Mapping[str, Any],
+    images: ImageFlags,
 ) -> tuple[TokenizerJob, str, list[str]]:
     """The job, the device, and what is to be said about a short run."""
     tables = read_tables(config, ("tokenizer", "fit"))
@@ -170,7 +187,8 @@ def _plan_job(
             f"[tokenizer] start_step {model_config.start_step}: with --steps {fit.steps} the codebooks would never begin. Take fewer, a quarter at most."
         )
     notes = shortened(recipe, tables["fit"], fit, start_step=(usual_start, model_config.first_update))
-    return TokenizerJob(planned(corpus), model_config, fit, Augmentation(), holdout), device, notes
+    images.preprocessing(model_config.size, model_config.channels)  # refused before the corpus is read
+    return TokenizerJob(planned(corpus), model_config, fit, Augmentation(), holdout, images), device, notes
 
 
 def _checked_config(preset: str, overrides: dict[str, Any]) -> tokenizer.TokenizerConfig:

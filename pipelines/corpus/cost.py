@@ -54,7 +54,7 @@ def check_cost(image: ImageFile.ImageFile, data: bytes, whole: tuple[int, int], 
         raise BadImage(Reason.DECODE_ERROR, f"JPEG: {scans} scans; at most {MAX_SCANS} are decoded")
     needed = _needed(image, whole, visible, several_scans=scans > 1)
     if needed > max_bytes:
-        what = f"{whole[0]} x {whole[1]} pixels of {image.format} {image.mode} take {needed / 1e6:,.0f} MB to decode; at most {max_bytes / 1e6:,.0f} MB are given"
+        what = f"{whole[0]} x {whole[1]} pixels of {image.format} {image.mode} take {needed / 1e6:,.0f} MB to decode; at most {max_bytes / 1e6:,.0f} MB are given (--max-image-memory)"
         raise BadImage(Reason.TOO_MANY_PIXELS, what)
 
 

@@ -1,4 +1,4 @@
-"""Walks a folder: which files may be images, which are tars, and what else lies there."""
+"""What lies in a folder: which files may be images, which are tars, and what else there is."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import os
 import stat
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,15 +16,17 @@ from pipelines.corpus.problems import CorpusError
 
 @dataclass(frozen=True, slots=True)
 class FoundFile:
-    """A file under the folder.
+    """A file under the folder, or an object of a bucket.
 
     Attributes:
         path: relative to the folder, POSIX separators, as the file system gives it.
         num_bytes: its size.
+        etag: what an object store calls this state of it; None where it does not say, and for files.
     """
 
     path: str
     num_bytes: int
+    etag: str | None = None
 
 
 @dataclass
@@ -40,6 +43,22 @@ class FolderScan:
     tars: list[FoundFile] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
 
+    def take(self, file: FoundFile) -> None:
+        """Puts a file where it belongs."""
+        extension = extension_of(file.path)
+        if extension in IMAGE_EXTENSIONS:
+            self.images.append(file)
+        elif extension == "tar":
+            self.tars.append(file)
+        else:
+            self.skipped[passed_over(file.path)] += 1
+
+    def sort(self) -> FolderScan:
+        """Brings the lists into corpus order."""
+        for found in (self.images, self.tars):
+            found.sort(key=lambda file: os.fsencode(file.path))
+        return self
+
 
 def scan_folder(root: Path) -> FolderScan:
     """Lists everything under a folder; hidden files and folders are ignored.
@@ -51,9 +70,16 @@ def scan_folder(root: Path) -> FolderScan:
     """
     scan = FolderScan()
     _scan(str(root), "", (), scan)
-    for found in (scan.images, scan.tars):
-        found.sort(key=lambda file: os.fsencode(file.path))
-    return scan
+    return scan.sort()
+
+
+def scan_objects(objects: Iterable[FoundFile]) -> FolderScan:
+    """Sorts out what was listed of a bucket, as `scan_folder` does: what is hidden, and the marks of empty folders, are ignored."""
+    scan = FolderScan()
+    for found in objects:
+        if not found.path.endswith("/") and not any(part.startswith(".") for part in found.path.split("/")):
+            scan.take(found)
+    return scan.sort()
 
 
 def _scan(root: str, below: str, parents: tuple[tuple[int, int], ...], scan: FolderScan) -> None:
@@ -82,14 +108,9 @@ def _take(root: str, path: str, parents: tuple[tuple[int, int], ...], scan: Fold
             raise
         scan.skipped["link: to nothing"] += 1
         return
-    extension = extension_of(path)
     if stat.S_ISDIR(status.st_mode):
         _scan(root, path, parents, scan)
     elif not stat.S_ISREG(status.st_mode):
         scan.skipped["not a file: pipe, socket or device"] += 1
-    elif extension in IMAGE_EXTENSIONS:
-        scan.images.append(FoundFile(path, status.st_size))
-    elif extension == "tar":
-        scan.tars.append(FoundFile(path, status.st_size))
     else:
-        scan.skipped[passed_over(path)] += 1
+        scan.take(FoundFile(path, status.st_size))

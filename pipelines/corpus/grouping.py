@@ -72,6 +72,11 @@ class Tally:
     skipped: Counter[str] = field(default_factory=Counter)
     unused: Counter[str] = field(default_factory=Counter)
 
+    def add(self, other: Tally) -> None:
+        """Counts what was met in another tar, too."""
+        self.skipped.update(other.skipped)
+        self.unused.update(other.unused)
+
 
 def split_name(name: str) -> tuple[str, str] | None:
     """The key and the lower-cased extension of a member's name; None for a name that has none.

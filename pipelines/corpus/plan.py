@@ -6,48 +6,51 @@ import glob
 import hashlib
 import json
 import os
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Literal
 
-from pipelines.corpus.braces import expand_braces
-from pipelines.corpus.folder import FoundFile, scan_folder
+from pipelines.corpus.folder import FolderScan, FoundFile, scan_folder, scan_objects
 from pipelines.corpus.grouping import Tally, walk_samples
+from pipelines.corpus.named_tars import FORMS, expand_address, expand_paths
 from pipelines.corpus.names import text_of
+from pipelines.corpus.objects import check_address, is_address, list_objects, open_tar
 from pipelines.corpus.problems import CorpusError, Problem
 from pipelines.corpus.published import PREFIX, IdxFiles, find_published
 from vqmill.kinds import held_by, kind_of
 
 FILES_PER_SHARD = 256
 ROWS_PER_SHARD = 1024
-FORMS = "a folder of images, tar shards (x/{000..009}.tar, x/*.tar, or a folder of them), or torchvision:FashionMNIST?root=PATH&split=train"
+WALKERS = 4  # tars of a bucket that are walked through at once
 
 
 @dataclass(frozen=True, slots=True)
 class ImageFile:
-    """One file of a folder.
+    """One file of a folder, or object of a bucket.
 
     Attributes:
         path: relative to the folder, as the file system gives it.
         key: unique in the corpus.
         label: the number of its class folder, None when the folder has no classes.
         num_bytes: its size when the corpus was planned.
+        etag: of an object, as `FoundFile` has it.
     """
 
     path: str
     key: str
     label: int | None
     num_bytes: int
+    etag: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class FileBundle:
-    """Loose files, read one at a time. `root` is the folder, absolute."""
+    """Loose files, read one at a time. `root` is the folder, absolute, or the address of a prefix."""
 
     root: str
     files: tuple[ImageFile, ...]
@@ -55,17 +58,19 @@ class FileBundle:
 
 @dataclass(frozen=True, slots=True)
 class TarFile:
-    """A local tar, or a part of it.
+    """A tar, or a part of it.
 
     Attributes:
-        path: absolute.
+        path: absolute, or the address of an object.
         start: the first of its samples.
         whole: the input shard of the whole tar, for a part.
+        etag: of an object, as `FoundFile` has it.
     """
 
     path: str
     start: int = 0
     whole: InputShard | None = None
+    etag: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,14 +122,33 @@ class InputShard:
             case Retried():
                 return "retry"
 
+    @property
+    def of_tar(self) -> TarFile:
+        """The tar that it is, or a part of."""
+        assert isinstance(self.content, TarFile)
+        return self.content
+
+    @property
+    def remote(self) -> bool:
+        """Whether it lies in a bucket."""
+        match self.content:
+            case FileBundle(root=place) | TarFile(path=place):
+                return is_address(place)
+            case IdxRange():
+                return False
+            case Retried(base=base):
+                return base.remote
+
     @cached_property
     def digest(self) -> str:
-        """SHA-256 (hex) of its names, sizes and labels; paths outside the corpus and times have no part in it."""
+        """SHA-256 (hex) of its names, sizes and labels, and of what a server calls its state; paths outside the corpus and times have no part in it."""
         facts: list[object] = [self.kind, self.name, self.num_samples, self.num_bytes]
         if isinstance(self.content, FileBundle):
-            facts.append([[file.key, text_of(file.path), file.label, file.num_bytes] for file in self.content.files])
+            facts.append([_facts(file) for file in self.content.files])
         elif isinstance(self.content, TarFile) and self.content.whole:
             facts.append(self.content.whole.digest)  # of a tar that has changed, no part is as it was
+        elif isinstance(self.content, TarFile) and self.content.etag:
+            facts.append(self.content.etag)
         elif isinstance(self.content, Retried):
             facts += [self.content.base.digest, self.content.indices]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -208,8 +232,8 @@ def plan_corpus(corpus: str, progress: Callable[[int, int], None] | None = None)
 
     Args:
         corpus: a folder of images (searched deeply; when every image lies in a subfolder, the first level names the classes),
-            tar shards (a path, a glob, braces, or a folder that holds tars and no images), or
-            `torchvision:NAME?root=PATH&split=train|test|all`.
+            tar shards (a path, a glob, braces, or a folder that holds tars and no images), either of them in a bucket
+            (`s3://bucket/prefix/`, `gs://`, `az://`; tars also by `https://`), or `torchvision:NAME?root=PATH&split=train|test|all`.
         progress: called with (tars walked, of how many).
 
     Raises:
@@ -217,12 +241,14 @@ def plan_corpus(corpus: str, progress: Callable[[int, int], None] | None = None)
     """
     if corpus.startswith(PREFIX):
         plan = _plan_published(corpus)
-    elif re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", corpus):
-        raise CorpusError(f"{corpus}: only local files are read. Copy the corpus to a disk first. A corpus is {FORMS}.")
+    elif is_address(corpus):
+        check_address(corpus)
+        plan = _plan_address(corpus, progress)
     elif Path(corpus).is_dir():
         plan = _plan_folder(corpus, progress)
     else:
-        plan = _plan_tars(corpus, _expand(corpus), Counter(), progress)
+        tars = [FoundFile(path, os.path.getsize(path)) for path in expand_paths(corpus)]
+        plan = _plan_tars(corpus, tars, Counter(), progress)
     if plan.num_samples == 0:
         passed = ", ".join(f"{count} x {what}" for what, count in sorted(plan.skipped.items()))
         raise CorpusError(
@@ -235,20 +261,30 @@ def _plan_folder(corpus: str, progress: Callable[[int, int], None] | None) -> Pl
     root = Path(corpus).absolute()
     if kind_of(root):  # the pictures in it are no corpus
         raise CorpusError(f"{corpus}: not a corpus: {held_by(Path(corpus))}. A corpus is {FORMS}.")
-    scan = scan_folder(root)
+    return _plan_scan(corpus, str(root), scan_folder(root), progress)
+
+
+def _plan_address(corpus: str, progress: Callable[[int, int], None] | None) -> Plan:
+    if glob.has_magic(corpus) or "{" in corpus or corpus.lower().endswith(".tar"):
+        return _plan_tars(corpus, expand_address(corpus), Counter(), progress)
+    return _plan_scan(corpus, corpus.rstrip("/"), scan_objects(list_objects(corpus)), progress)
+
+
+def _plan_scan(corpus: str, root: str, scan: FolderScan, progress: Callable[[int, int], None] | None) -> Plan:
     if scan.tars and not scan.images:
-        return _plan_tars(corpus, [str(root / file.path) for file in scan.tars], scan.skipped, progress)
+        tars = [replace(file, path=f"{root}/{file.path}") for file in scan.tars]
+        return _plan_tars(corpus, tars, scan.skipped, progress)
     if scan.tars:
         scan.skipped["tar: .tar"] += len(scan.tars)
     classes = _class_names(scan.images)
     labels = {name: label for label, name in enumerate(classes)}
     keys = _keys([text_of(file.path) for file in scan.images])
     files = [
-        ImageFile(file.path, key, labels[file.path.split("/", 1)[0]] if classes else None, file.num_bytes)
+        ImageFile(file.path, key, labels[file.path.split("/", 1)[0]] if classes else None, file.num_bytes, file.etag)
         for file, key in zip(scan.images, keys, strict=True)
     ]
     shards = [
-        _bundle(index, str(root), tuple(files[start : start + FILES_PER_SHARD]))
+        _bundle(index, root, tuple(files[start : start + FILES_PER_SHARD]))
         for index, start in enumerate(range(0, len(files), FILES_PER_SHARD))
     ]
     return Plan(corpus, tuple(shards), tuple(map(text_of, classes)), dict(sorted(scan.skipped.items())), {})
@@ -271,53 +307,36 @@ def _keys(paths: Sequence[str]) -> list[str]:
     return [path if counts[stem] > 1 or stem in whole else stem for path, stem in zip(paths, stems, strict=True)]
 
 
-def _expand(corpus: str) -> list[str]:
-    """The absolute paths of the tars that a path, glob or braces name."""
-    if Path(corpus).is_file():
-        names = [corpus]
-    else:
-        names = []
-        for name in expand_braces(corpus):
-            found = sorted(glob.glob(name), key=os.fsencode) if glob.has_magic(name) else [name]
-            if not found:
-                raise CorpusError(f"{corpus}: nothing matches {name}. A corpus is {FORMS}.")
-            names.extend(found)
-    missing = [name for name in names if not Path(name).exists()]
-    if missing:
-        named = (
-            f"{len(missing)} of {len(names)} files are missing, such as {missing[0]}"
-            if len(names) > 1
-            else "no such file or folder"
-        )
-        raise CorpusError(f"{corpus}: {named}. Correct the path. A corpus is {FORMS}.")
-    for name in names:
-        if not Path(name).is_file() or not name.lower().endswith(".tar"):
-            what = "a folder" if Path(name).is_dir() else "not a .tar (packed ones must be unpacked to .tar first)"
-            raise CorpusError(f"{corpus}: {name} is {what}. A corpus is {FORMS}.")
-    return [str(Path(name).absolute()) for name in names]
-
-
 def _plan_tars(
-    corpus: str, paths: list[str], skipped: Counter[str], progress: Callable[[int, int], None] | None
+    corpus: str, tars: Sequence[FoundFile], skipped: Counter[str], progress: Callable[[int, int], None] | None
 ) -> Plan:
-    repeated = [path for path, count in Counter(paths).items() if count > 1]
+    """Walks through the tars, whose `path` is absolute or an address."""
+    repeated = [path for path, count in Counter(tar.path for tar in tars).items() if count > 1]
     if repeated:
         raise CorpusError(f"{corpus}: {repeated[0]} is named more than once. Name every shard once.")
     tally = Tally(skipped=skipped)
-    common = os.path.commonpath([os.path.dirname(path) for path in paths])
-    shards = []
-    for path in paths:
-        name = text_of(os.path.relpath(path, common))
-        try:
-            with open(path, "rb") as file:
-                num_samples = sum(1 for _ in walk_samples(file, tally, load=False))
-                num_bytes = os.fstat(file.fileno()).st_size
-        except OSError as error:
-            raise CorpusError(f"{path}: cannot be read ({error.strerror}). Grant access, or leave it out.") from error
-        shards.append(InputShard(len(shards), name, num_samples, num_bytes, TarFile(path)))
-        if progress is not None:
-            progress(len(shards), len(paths))
+    common = os.path.commonpath([os.path.dirname(tar.path) for tar in tars])
+    shards: list[InputShard] = []
+    with ThreadPoolExecutor(WALKERS, thread_name_prefix="walk") as walkers:
+        walked = walkers.map(_walked, tars) if is_address(tars[0].path) else map(_walked, tars)
+        for tar, (num_samples, met) in zip(tars, walked, strict=True):
+            tally.add(met)
+            name = text_of(os.path.relpath(tar.path, common))
+            shards.append(InputShard(len(shards), name, num_samples, tar.num_bytes, TarFile(tar.path, etag=tar.etag)))
+            if progress is not None:
+                progress(len(shards), len(tars))
     return Plan(corpus, tuple(shards), (), dict(sorted(tally.skipped.items())), dict(sorted(tally.unused.items())))
+
+
+def _walked(tar: FoundFile) -> tuple[int, Tally]:
+    """How many samples a tar has, and what is in it beside them."""
+    tally = Tally()
+    try:
+        with open_tar(tar.path, tar.num_bytes, tar.etag, once=True) as file:
+            return sum(1 for _ in walk_samples(file, tally, load=False)), tally
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise CorpusError(f"{tar.path}: cannot be read ({why}). Grant access, or leave it out.") from error
 
 
 def _plan_published(corpus: str) -> Plan:
@@ -327,6 +346,11 @@ def _plan_published(corpus: str) -> Plan:
         for start in range(0, files.num_samples, ROWS_PER_SHARD):
             shards.append(_idx_range(len(shards), files, start, min(start + ROWS_PER_SHARD, files.num_samples)))
     return Plan(corpus, tuple(shards), class_names, {}, {})
+
+
+def _facts(file: ImageFile) -> list[object]:
+    facts: list[object] = [file.key, text_of(file.path), file.label, file.num_bytes]
+    return [*facts, file.etag] if file.etag else facts
 
 
 def _bundle(index: int, root: str, files: tuple[ImageFile, ...]) -> InputShard:

@@ -6,7 +6,9 @@ import json
 import os
 import re
 import stat
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
@@ -18,11 +20,13 @@ from numpy.typing import NDArray
 from pipelines.corpus.grouping import MAX_SAMPLE_BYTES, Part, Tally, TarSample, walk_samples
 from pipelines.corpus.idx import read_idx
 from pipelines.corpus.names import text_of
+from pipelines.corpus.objects import RemoteObject, changed, get_object, is_address, open_object, open_tar, require_size
 from pipelines.corpus.plan import FileBundle, IdxRange, ImageFile, InputShard, Retried, TarFile
 from pipelines.corpus.problems import CorpusError, Problem, Reason
 
 OPEN_TARS = 32  # kept open between samples
-READ_AHEAD = 1 << 15  # bytes; what is larger is read where it belongs, not copied there
+REQUESTS = 8  # for loose objects of a bucket, on their way at once
+NEAR_BYTES = 1 << 16  # between the members of a sample that are fetched in one request
 MAX_LABEL = 2**63 - 1  # labels are stored as int64, and -1 means none
 Row = TypeVar("Row")
 _INTEGER = re.compile(r"[+-]?[0-9]{1,20}")
@@ -78,9 +82,26 @@ def read_samples(shard: InputShard, start: int = 0) -> Iterator[RawSample]:
     """
     if isinstance(shard.content, TarFile) and not shard.known:
         yield from _walk_tar(shard, start, load=True, convert=_from_tar)
+    elif shard.remote:
+        yield from _read_ahead(shard, list_samples(shard, start))
     else:
         for ref in list_samples(shard, start):
             yield load_sample(shard, ref)
+
+
+def _read_ahead(shard: InputShard, refs: Iterator[SampleRef]) -> Iterator[RawSample]:
+    """Several requests on their way; samples in order."""
+    waiting: deque[Future[RawSample]] = deque()
+    with ThreadPoolExecutor(REQUESTS, thread_name_prefix="requests") as threads:
+        try:
+            while True:
+                for ref in islice(refs, REQUESTS - len(waiting)):
+                    waiting.append(threads.submit(load_sample, shard, ref))
+                if not waiting:
+                    return
+                yield waiting.popleft().result()
+        finally:
+            threads.shutdown(cancel_futures=True)
 
 
 def list_samples(shard: InputShard, start: int = 0) -> Iterator[SampleRef]:
@@ -131,15 +152,19 @@ def load_sample(shard: InputShard, ref: SampleRef) -> RawSample:
 
 
 def _load_file(root: str, file: ImageFile, ref: SampleRef) -> RawSample:
+    if file.num_bytes > MAX_SAMPLE_BYTES:
+        what = f"{file.num_bytes} bytes; at most {MAX_SAMPLE_BYTES} are read"
+        return RawSample(ref.key, ref.source, ref.index, problem=Problem(Reason.TOO_MANY_BYTES, what))
     try:
+        if is_address(root):
+            data = get_object(root, file.path, file.num_bytes, file.etag)
+            return RawSample(ref.key, ref.source, ref.index, image=data, label=file.label)
         # O_NONBLOCK: should the file have become a pipe, opening it must not hang.
         descriptor = os.open(os.path.join(root, file.path), os.O_RDONLY | os.O_NONBLOCK)
         with open(descriptor, "rb") as opened:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode) or status.st_size != file.num_bytes:
-                problem = Problem(Reason.UNREADABLE, _changed(status.st_size, file.num_bytes))
-            elif status.st_size > MAX_SAMPLE_BYTES:
-                problem = Problem(Reason.TOO_MANY_BYTES, f"{status.st_size} bytes; at most {MAX_SAMPLE_BYTES} are read")
+                problem = Problem(Reason.UNREADABLE, changed(status.st_size, file.num_bytes))
             else:
                 return RawSample(ref.key, ref.source, ref.index, image=opened.read(), label=file.label)
     except OSError as error:
@@ -147,21 +172,15 @@ def _load_file(root: str, file: ImageFile, ref: SampleRef) -> RawSample:
     return RawSample(ref.key, ref.source, ref.index, problem=problem)
 
 
-def _changed(found: int, planned: int) -> str:
-    return f"the file has changed since the corpus was planned ({found} bytes, then {planned})"
-
-
 def _walk_tar(
     shard: InputShard, start: int, load: bool, convert: Callable[[InputShard, TarSample], Row]
 ) -> Iterator[Row]:
     """Walks a tar and fills up with `unreadable` rows what it was planned with and no longer holds."""
-    assert isinstance(shard.content, TarFile)
-    whole, first = shard.content.whole or shard, shard.content.start
+    whole, first = shard.of_tar.whole or shard, shard.of_tar.start
     index = start
     detail = "the tar has changed since the corpus was planned"
     try:
-        with open(shard.content.path, "rb", buffering=READ_AHEAD) as file:
-            _require_size(file.fileno(), whole)
+        with open_tar(shard.of_tar.path, whole.num_bytes, whole.of_tar.etag) as file:
             for sample in walk_samples(file, Tally(), first + start, load):
                 if index == shard.num_samples:
                     break
@@ -173,24 +192,22 @@ def _walk_tar(
         yield convert(whole, TarSample(f"#{first + missing}", missing, problem=Problem(Reason.UNREADABLE, detail)))
 
 
-def _require_size(descriptor: int, shard: InputShard) -> None:
-    size = os.fstat(descriptor).st_size
-    if size != shard.num_bytes:
-        raise OSError(_changed(size, shard.num_bytes))
-
-
 def _tar_ref(shard: InputShard, sample: TarSample) -> SampleRef:
     return SampleRef(sample.key, shard.name, sample.index, sample.problem, sample)
 
 
 def _load_from_tar(shard: InputShard, path: str, sample: TarSample) -> RawSample:
     try:
-        there = os.stat(path)
-        opened = _opened(path, there.st_dev, there.st_ino)  # held while it is read, so that it stays open
-        file = opened.descriptor
-        _require_size(file, shard)
-        image, label = _pread(file, sample.image), _pread(file, sample.label)
-        caption, text = _pread(file, sample.caption), _pread(file, sample.json)
+        if is_address(path):
+            remote = open_object(path, shard.num_bytes, shard.of_tar.etag)
+            image, label, caption, text = _fetched(remote, sample)
+        else:
+            there = os.stat(path)
+            opened = _opened(path, there.st_dev, there.st_ino)  # held while it is read, so that it stays open
+            file = opened.descriptor
+            require_size(file, shard.num_bytes)
+            image, label = _pread(file, sample.image), _pread(file, sample.label)
+            caption, text = _pread(file, sample.caption), _pread(file, sample.json)
     except OSError as error:
         return RawSample(
             sample.key, shard.name, sample.index, problem=Problem(Reason.UNREADABLE, error.strerror or str(error))
@@ -222,6 +239,22 @@ def _pread(descriptor: int, part: Part | None) -> Part | None:
     if len(data) < part.size:
         raise OSError("the tar ends too early")
     return Part(part.offset, part.size, data)
+
+
+def _fetched(remote: RemoteObject, sample: TarSample) -> list[Part | None]:
+    """The four members of a sample, in one request where they lie side by side."""
+    first = min(part.offset for part in sample.parts)
+    length = max(part.offset + part.size for part in sample.parts) - first
+    near = length <= sum(part.size for part in sample.parts) + NEAR_BYTES
+    data = remote.pread(first, length) if near else b""
+    members = (sample.image, sample.label, sample.caption, sample.json)
+    return [
+        part
+        and replace(
+            part, data=data[part.offset - first :][: part.size] if near else remote.pread(part.offset, part.size)
+        )
+        for part in members
+    ]
 
 
 def _from_tar(shard: InputShard, sample: TarSample) -> RawSample:

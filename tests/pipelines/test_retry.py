@@ -26,6 +26,7 @@ from pipelines.corpus.plan import Plan
 from pipelines.encoder import SpanEncoder
 from pipelines.foreign import packed
 from pipelines.tokenize import TokenizeOptions
+from vqmill.bucket import Bucket
 from vqmill.commits import Cursor
 from vqmill.layout import group_metadata, read_spec
 from vqmill.repair import repair_store
@@ -457,3 +458,42 @@ def test_other_stores_are_refused(corpus: Corpus, capsys: pytest.CaptureFixture[
     (corpus.out / "zarr.json").write_bytes(group_metadata(replace(spec, complete=False)))
     assert corpus.retry() == 2
     assert "To finish it, give the same command without --retry-quarantined" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["tars", "files"])
+def test_in_a_bucket_as_on_the_disk(
+    form: str, s3: Any, address: str, tmp_path: Path, tokenizer_folder: Path, in_this_process: None
+) -> None:
+    """A corpus and its store there: retried, appended to, and a lost file made again."""
+    corpus = Corpus(tmp_path, tokenizer_folder)
+    here, there = corpus.folder, f"{address}/corpus"
+
+    def change(bad: Sequence[int], numbers: Sequence[int]) -> None:
+        for old in here.iterdir():
+            old.unlink()
+        for number in numbers:
+            if form == "tars":
+                write_tar(here, number, bad)
+            else:
+                (here / f"{number:02d}.png").write_bytes(b"\0" * 300 if number in bad else png(number))
+        s3.upload(here, there)
+
+    def run(*more: str) -> None:
+        words = ("--tokenizer", str(corpus.tokenizer), "--shard-rows", "8", *more)
+        for folder, out in ((str(here), str(corpus.out)), (there, f"{address}/codes.zarr")):
+            assert app(["tokenize", folder, "--out", out, *words]) == 3  # some stay bad
+
+    for restored, numbers, more in (([], range(2), []), ([3], range(2), ["--retry-quarantined"]), ([3], range(3), [])):
+        if form == "files":
+            numbers = range(20 + 4 * (len(numbers) - 2))
+        change([number for number in BAD if number not in restored], numbers)
+        run(*more)
+        made, expected = s3.objects(f"{address}/codes.zarr"), tree(corpus.out)
+        different = {name for name in made.keys() | expected.keys() if made.get(name) != expected.get(name)}
+        assert different == {"zarr.json"}, "which names the corpus otherwise"
+    segments = vqmill.open_codes(f"{address}/codes.zarr").spec.segments
+    assert [segment.retries for segment in segments] == [0, 16 if form == "tars" else 8, 0]
+    Bucket(f"{address}/codes.zarr").delete(["top/c/0/0/0"])
+    assert not repair_store(f"{address}/codes.zarr").remaining
+    run()
+    assert s3.objects(f"{address}/codes.zarr") == made
