@@ -89,7 +89,7 @@ def test_the_whole_chain(scenes: str, tmp_path: Path, capsys: pytest.CaptureFixt
     report = json.loads(printed.splitlines()[-1])
     assert (report["seen"], report["encoded"], report["rows"], report["quarantined"]) == (300, 300, 300, 0)
     size = sum(file.stat().st_size for file in codes.rglob("*") if file.is_file())
-    assert report["disk_bytes"] == size
+    assert report["store_bytes"] == size
     grids = "top 2x2 of 32 codes, bottom 4x4 of 32 codes"
     assert f"{codes}: 300 rows of {grids}; {size / 1e6:.2f} MB on disk, 0 samples quarantined\n" in printed
     assert re.search(r"\nthis run: 300 rows in [\d.]+ s, start-up included \([\d,]+ rows/s\)\n", printed)
