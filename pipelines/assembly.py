@@ -52,6 +52,7 @@ class Order:
         pieces: (first row, stop row, whether the span's quarantine comes along) of as many spans.
         opened: its record, when it is there and goes on behind what it holds.
         expected: its files as recorded, when it is made again.
+        begun: the record before, when another run wrote the first rows of the first span into it.
     """
 
     store: Place
@@ -60,6 +61,7 @@ class Order:
     pieces: tuple[tuple[int, int, bool], ...]
     opened: Commit | None = None
     expected: Mapping[str, Mapping[str, Any]] | None = None
+    begun: Commit | None = None
 
 
 @dataclass(frozen=True)
@@ -74,8 +76,14 @@ def carry_out(order: Order, *spans: Span) -> Written:
     """Writes one Zarr shard. A pure function of the spans, but for the files.
 
     Raises:
-        CodesError: the files of an opened Zarr shard are not the recorded ones.
+        CodesError: the files of an opened Zarr shard are not the recorded ones, or the first span begins otherwise than what is committed
+            of it.
     """
+    if order.begun and (first := order.pieces[0][0]):
+        held = read_shard(order.store, order.spec, order.begun)[1]
+        rows = min(first, held.num_rows)
+        if held.slice(held.num_rows - rows) != spans[0].samples.slice(first - rows, rows):
+            raise _other_beginning(order.store, order.begun, first)
     spec = order.spec
     cut = [(span, first, stop, ends) for span, (first, stop, ends) in zip(spans, order.pieces, strict=True)]
     if order.opened:
@@ -93,6 +101,14 @@ def carry_out(order: Order, *spans: Span) -> Written:
         spec = replace(spec, codec=smallest_codec(spec, codes))
     files = write_shard(order.store, spec, order.shard, codes, samples, quarantine, order.expected)
     return Written(files, spec.codec)
+
+
+def _other_beginning(store: Place, before: Commit, rows: int) -> CodesError:
+    """A span of which rows are committed must give these rows again, or what follows them would be lost or come twice."""
+    return CodesError(
+        f"{store.name}: the corpus no longer gives the last {rows:,} rows that were committed (before row {before.first_row + before.rows:,}): files "
+        "of it were restored, damaged or changed since. Put them back as they were until this store is finished."
+    )
 
 
 class Hands(Protocol):
@@ -155,12 +171,17 @@ def extend(writer: StoreWriter, spans: Iterable[ArrivedSpan], units: int, hands:
     opened = _opened(writer)
     cutter: ShardCutter[Any] = ShardCutter(writer.spec.rows_per_shard, opened, writer.cursor)
     reopened = writer.commits[-1] if writer.commits else None
+    start = writer.cursor
+    begun = reopened if start.row else None
     for span in spans:
+        at_start = (span.unit, span.facts.index) == (start.input_shard, start.span)
+        if begun and at_start and span.facts.rows <= start.row:
+            raise _other_beginning(writer.store, begun, start.row)
         for job in cutter.add(span.unit, span.facts.index, span.facts.rows, span.facts.counts, span.payload):
-            _put(writer, writes, job, reopened)
+            _put(writer, writes, job, reopened, begun)
         writes.settle_ready()
     for job in cutter.finish(units):
-        _put(writer, writes, job, reopened)
+        _put(writer, writes, job, reopened, begun)
     writes.drain()
 
 
@@ -171,7 +192,9 @@ def _opened(writer: StoreWriter) -> ShardJob[Any]:
     return ShardJob(last.shard, rows=last.rows, counts=last.counts)
 
 
-def _put(writer: StoreWriter, writes: Writes, job: ShardJob[Any], reopened: Commit | None) -> None:
+def _put(
+    writer: StoreWriter, writes: Writes, job: ShardJob[Any], reopened: Commit | None, begun: Commit | None
+) -> None:
     again = reopened if reopened and reopened.shard == job.shard else None
     if again and not job.pieces:
         if job.cursor != again.cursor:  # input shards without samples came behind it
@@ -183,7 +206,8 @@ def _put(writer: StoreWriter, writes: Writes, job: ShardJob[Any], reopened: Comm
             writer.choose_codec(written.codec)
         (writer.rewrite_last if again else writer.commit)(job.rows, job.cursor, job.counts, written.files)
 
-    order = Order(writer.store, writer.spec, job.shard, _cuts(job), again)
+    before = begun if begun and job.shard == begun.shard + 1 else None
+    order = Order(writer.store, writer.spec, job.shard, _cuts(job), again, begun=before)
     writes.add(order, [piece.payload for piece in job.pieces], accept)
     job.pieces.clear()  # the write holds the spans now; they are freed when it is done
     if writer.spec.codec is None:

@@ -103,7 +103,8 @@ def evaluate(
 def tokenize(
     corpus: str, /, *, tokenizer: Path | None = None, tokenizer_module: str | None = None, out: str, size: int | None = None, workers: int | None = None, batch_size: int = 32,
     shard_rows: int | None = None, codec: Codec = "auto", precision: Precision = "fp32", device: Device = "auto", limit: int | None = None,
-    images: ImageFlags = ImageFlags(), dry_run: Annotated[bool, Parameter(negative="")] = False, common: Common = Common(),
+    retry_quarantined: Annotated[bool, Parameter(negative="")] = False, images: ImageFlags = ImageFlags(), dry_run: Annotated[bool, Parameter(negative="")] = False,
+    common: Common = Common(),
 ) -> int:  # fmt: skip
     """Send a corpus through a tokenizer into a code store.
 
@@ -124,13 +125,15 @@ def tokenize(
         precision: bf16 is faster on GPUs and changes some codes; recorded in the store.
         device: auto takes GPUs if there are any.
         limit: take the first so many samples of the corpus only. A larger limit later, or none, appends the next ones.
+        retry_quarantined: try again the samples that a finished store has set aside, for example when their files were restored. Those that
+            work now become rows behind the others. Nothing else is appended: that takes the same command without this.
         dry_run: say what would be done and how large it would be, and stop.
     """
     from pipelines.tokenize_command import tokenize as job
 
     return run(common, lambda: job(
         corpus, tokenizer, out, module=tokenizer_module, size=size, workers=workers, batch_size=batch_size, shard_rows=shard_rows, codec=codec,
-        precision=precision, device=device, dry_run=dry_run, limit=limit, images=images,
+        precision=precision, device=device, dry_run=dry_run, limit=limit, retry_quarantined=retry_quarantined, images=images,
     ))  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from pipelines.pictures import (
     side_by_side,
 )
 from pipelines.results import Result
+from pipelines.retry import corpus_totals, tried_again, with_retries
 from pipelines.tokenize_command import recorded_tokenizer
 from tokenizer.protocol import ImageTokenizer
 from vqmill import Codes, open_codes
@@ -124,7 +125,7 @@ def original_images(plan: Plan, codes: Codes, rows: range, size: int, channels: 
     """
     preprocessing = ImageFlags().or_recorded(codes.spec.preprocessing).preprocessing(size, channels)
     samples = codes.samples(rows.start, rows.stop).select(["input_shard", "index", "key"]).to_pylist()
-    found = []
+    found: dict[tuple[int, int], np.ndarray[Any, Any]] = {}
     for shard in sorted({sample["input_shard"] for sample in samples}):
         wanted = {sample["index"]: sample["key"] for sample in samples if sample["input_shard"] == shard}
         for sample in read_samples(plan.shards[shard], start=min(wanted)):
@@ -133,16 +134,17 @@ def original_images(plan: Plan, codes: Codes, rows: range, size: int, channels: 
                     raise CodesError(
                         f"{plan.corpus}: expected sample {wanted[sample.index]!r}, found {sample.key!r}. The corpus has changed."
                     )
-                found.append(decode_sample(sample, preprocessing).pixels)
+                found[shard, sample.index] = decode_sample(sample, preprocessing).pixels
             if sample.index >= max(wanted):
                 break
-    return np.stack(found)
+    return np.stack([found[sample["input_shard"], sample["index"]] for sample in samples])
 
 
 def _plan_of(codes: Codes, corpus: str) -> Plan:
     segments = codes.spec.segments
-    plan = plan_corpus(corpus).cut_at([segment.num_samples for segment in segments])
-    if not segments or plan.digest_of_first(segments[-1].input_shards) != segments[-1].plan:
+    plan = plan_corpus(corpus).cut_at(corpus_totals(segments))
+    encoded = with_retries(plan, segments, tried_again(codes.place, codes.spec))
+    if not segments or encoded.digest_of_first(segments[-1].input_shards) != segments[-1].plan:
         raise UsageError(
             f"--originals {corpus}: not the corpus that {codes.place.name} was made from ({codes.spec.corpus.get('description')})."
         )

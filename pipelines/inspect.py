@@ -15,7 +15,7 @@ from pipelines.planning import planned
 from pipelines.progress import meter
 from pipelines.results import Result
 from pipelines.tokenize_command import run_file
-from vqmill.commits import Counts
+from vqmill.commits import Counts, counts_of
 from vqmill.kinds import kind_of, unfinished_of
 from vqmill.layout import GROUP, read_spec
 from vqmill.places import FileAt, place_of
@@ -90,9 +90,7 @@ def _inspect_store(path: str) -> Result:
         "raw_bytes": raw,
     }
     commits = read_commits(codes.place, range(spec.num_commits))
-    counts = sum(
-        (commit.counts for commit in commits), Counts(skipped=sum(dict(spec.corpus.get("skipped", {})).values()))
-    )
+    counts = counts_of(spec, commits) + Counts(skipped=sum(dict(spec.corpus.get("skipped", {})).values()))
     return Result(lines, counts, len(codes), facts, quarantine=f"{path}/quarantine")
 
 

@@ -28,6 +28,15 @@ Rows = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 
 @dataclass(frozen=True)
+class Carried:
+    """The lines of a quarantine part from `first_line` on, and what they count; those before were tried again."""
+
+    shard: int
+    first_line: int
+    counts: Counts
+
+
+@dataclass(frozen=True)
 class Source:
     """Rows of a finished store that are to be copied, in spans of SPAN_ROWS.
 
@@ -39,7 +48,7 @@ class Source:
         labels: how many of the rows have each label; MISSING_LABEL for none.
         keys: int64 [n], hashes of the rows' sample keys, comparable in this process only.
         table_bytes: what the store's tables take on the disk.
-        carried: by span, the commits of the store whose quarantine lines come along with it.
+        carried: by span, what of the store's quarantine comes along with it.
     """
 
     codes: Codes
@@ -49,12 +58,12 @@ class Source:
     labels: Mapping[int, int]
     keys: Rows
     table_bytes: int
-    carried: Mapping[int, tuple[Commit, ...]] = field(default_factory=dict[int, tuple[Commit, ...]])
+    carried: Mapping[int, tuple[Carried, ...]] = field(default_factory=dict[int, "tuple[Carried, ...]"])
 
     @property
     def counts(self) -> Counts:
         """Samples of all spans."""
-        return sum((_set_aside(commits) for commits in self.carried.values()), Counts(int(self.encoded.sum())))
+        return sum((_set_aside(parts) for parts in self.carried.values()), Counts(int(self.encoded.sum())))
 
     @property
     def num_spans(self) -> int:
@@ -71,7 +80,7 @@ class Source:
         return min(SPAN_ROWS, len(self.rows) - span * SPAN_ROWS)
 
     def span_counts(self, span: int) -> Counts:
-        """Samples of a span: those that begin in it, and those that were set aside in the commits that come along with it."""
+        """Samples of a span: those that begin in it, and those set aside that come along with it."""
         return Counts(int(self.encoded[span])) + _set_aside(self.carried.get(span, ()))
 
     def read_codes(self, level: str, first: int, stop: int) -> np.ndarray[Any, Any]:
@@ -101,7 +110,8 @@ class Source:
             CodesError: damaged.
         """
         parts = [
-            self.codes.table(quarantine_file(commit.shard), QUARANTINE_SCHEMA) for commit in self.carried.get(span, ())
+            self.codes.table(quarantine_file(part.shard), QUARANTINE_SCHEMA).slice(part.first_line)
+            for part in self.carried.get(span, ())
         ]
         return pa.concat_tables([QUARANTINE_SCHEMA.empty_table(), *parts])
 
@@ -140,10 +150,14 @@ def whole_store(codes: Codes, progress: Callable[[int, int], None]) -> Source:
             f"{codes.place.name}: its commit records count {-more:,} samples fewer than its samples table holds. See: vqmill verify {codes.place.name}"
         )
     found.encoded[-1] += more
-    carried: dict[int, tuple[Commit, ...]] = {}
+    carried: dict[int, tuple[Carried, ...]] = {}
+    again = codes.spec.retried(sum(commit.counts.seen for commit in commits))
     for commit in commits:
         span = max(0, commit.first_row + commit.rows - 1) // SPAN_ROWS
-        carried[span] = (*carried.get(span, ()), commit)
+        gone = min(again, commit.counts.quarantined)
+        again -= gone
+        counts = Counts(quarantined=commit.counts.quarantined - gone, skipped=commit.counts.skipped)
+        carried[span] = (*carried.get(span, ()), Carried(commit.shard, gone, counts))
     digest = _digest(codes, commits, {"rows": [0, len(codes)]})
     return Source(codes, found.rows, digest, found.encoded, found.labels, found.keys, _table_bytes(commits), carried)
 
@@ -262,9 +276,5 @@ def _table_bytes(commits: list[Commit]) -> int:
     return sum(int(fact.get("bytes", 0)) for fact in facts)
 
 
-def _set_aside(commits: tuple[Commit, ...]) -> Counts:
-    """What commits count beside encoded samples."""
-    return Counts(
-        quarantined=sum(commit.counts.quarantined for commit in commits),
-        skipped=sum(commit.counts.skipped for commit in commits),
-    )
+def _set_aside(parts: tuple[Carried, ...]) -> Counts:
+    return sum((part.counts for part in parts), Counts())

@@ -18,12 +18,12 @@ from pipelines.corpus.plan import Plan
 from pipelines.encoder import Encoding, describe_device
 from pipelines.errors import RunFailed
 from pipelines.foreign import packed, store_record
-from pipelines.growth import grows, require_same_job, stages
+from pipelines.growth import Job, grows, planned_job
 from pipelines.options import ImageFlags
 from pipelines.outputs import require_room
 from pipelines.spans import Encoders
 from tokenizer.protocol import ImageTokenizer, level_specs
-from vqmill.commits import Counts, Cursor
+from vqmill.commits import Counts, Cursor, counts_of
 from vqmill.layout import find_spec
 from vqmill.places import Place, Where, place_of
 from vqmill.spec import Segment, StoreSpec, default_rows_per_shard, usable_rows_per_shard
@@ -68,6 +68,9 @@ class TokenizeResult:
         mended: committed Zarr shards whose files were lost and were made again.
         did_something: whether the store was not finished already.
         reasons: quarantine lines by reason.
+        retried: quarantined samples that this run tried again.
+        still_bad: of them, the quarantine lines that say why they stay set aside: key, source, reason and detail.
+        waiting: samples of the corpus behind those that a retry looks at.
         rows_per_shard: of the store.
         seconds: of this run.
     """
@@ -81,6 +84,9 @@ class TokenizeResult:
     reasons: dict[str, int]
     rows_per_shard: int
     seconds: float
+    retried: int = 0
+    still_bad: tuple[dict[str, str], ...] = ()
+    waiting: int = 0
 
 
 def store_spec(plan: Plan, model: ImageTokenizer, options: TokenizeOptions) -> StoreSpec:
@@ -99,7 +105,7 @@ def store_spec(plan: Plan, model: ImageTokenizer, options: TokenizeOptions) -> S
         preprocessing=_preprocessing(model, options).to_dict(),
         corpus={
             "description": plan.corpus,
-            "num_samples": plan.num_samples,
+            "num_samples": plan.num_samples - plan.num_retried,
             "class_names": list(plan.class_names or ()),
             "skipped": dict(plan.skipped),
         },
@@ -119,6 +125,8 @@ def tokenize_corpus(
     options: TokenizeOptions,
     progress: Callable[[int, int, str], None],
     started: Callable[[], None] = lambda: None,
+    *,
+    retry: bool = False,
 ) -> TokenizeResult:
     """Makes the store, goes on with it, or appends to it what the corpus has more.
 
@@ -129,6 +137,7 @@ def tokenize_corpus(
         options: see there.
         progress: called with (samples done, samples in all, a note).
         started: called when there is work, before it begins.
+        retry: instead, try again what a finished store has set aside, or go on with that; nothing is appended.
 
     Raises:
         UsageError: the place holds another store, is being written by another job, or has too little room.
@@ -138,30 +147,35 @@ def tokenize_corpus(
     start = time.monotonic()
     place = place_of(out)
     found = find_spec(place)
-    parts = stages(found, plan)
+    job = planned_job(plan, place, found, retry=retry)
+    parts = job.parts
     if found:
-        require_same_job(place, found, store_spec(parts[-1], model, options), parts[-1])
+        job.require_same(place, found, store_spec(parts[-1], model, options), parts[-1])
     # A ragged Zarr shard is written anew beside the old one.
     kept = found.num_rows - found.num_rows % found.rows_per_shard if found else 0
     row_bytes = store_spec(plan, model, options).row_bytes + SAMPLE_BYTES
-    require_room(place, max(0, plan.num_samples - kept) * row_bytes)
+    require_room(place, max(0, parts[-1].num_samples - kept) * row_bytes)
     worked = not (found and found.complete and len(parts[-1].shards) == found.segments[-1].input_shards)
     if worked:
         started()
-    outcomes = [_carry_out(part, model, place, options, progress) for part in parts]
+    outcomes = [_carry_out(part, model, place, options, progress, job) for part in parts]
     codes = open_codes(place)
-    reasons = Counter(str(reason) for reason in codes.quarantine()["reason"].to_pylist())
-    resumed, before = found.num_rows if found else 0, codes.spec.segments[-1].first_row
+    quarantine = codes.quarantine()
+    reasons = Counter(str(reason) for reason in quarantine["reason"].to_pylist())
+    resumed, last = found.num_rows if found else 0, codes.spec.segments[-1]
     return TokenizeResult(
         outcomes[-1].counts + Counts(skipped=sum(plan.skipped.values())),
         rows=len(codes),
         resumed_rows=resumed,
-        appended_rows=len(codes) - before if len(codes.spec.segments) > 1 and len(codes) > resumed else 0,
+        appended_rows=len(codes) - last.first_row if len(codes.spec.segments) > 1 and len(codes) > resumed else 0,
         mended=tuple(shard for outcome in outcomes for shard in outcome.mended),
         did_something=worked,
         reasons=dict(reasons),
         rows_per_shard=codes.spec.rows_per_shard,
         seconds=time.monotonic() - start,
+        retried=last.retries if retry and worked else 0,
+        still_bad=tuple(quarantine.select(["key", "source", "reason", "detail"]).to_pylist()) if retry else (),
+        waiting=plan.num_samples - (parts[-1].num_samples - parts[-1].num_retried) if retry else 0,
     )
 
 
@@ -179,12 +193,15 @@ def _carry_out(
     out: Place,
     options: TokenizeOptions,
     progress: Callable[[int, int, str], None],
+    job: Job,
 ) -> _Outcome:
     """Brings a plan to its end, unless it is there already."""
     spec = store_spec(plan, model, options)
     found = find_spec(out)
-    with StoreWriter(out, require_same_job(out, found, spec, plan) if found else spec) as writer:
-        if found and grows(found, plan):
+    with StoreWriter(out, job.require_same(out, found, spec, plan) if found else spec) as writer:
+        if found and job.retries:
+            writer.grow(plan.digest, len(plan.shards), plan.num_samples, found.corpus, job.retries)
+        elif found and grows(found, plan):
             writer.grow(plan.digest, len(plan.shards), plan.num_samples, spec.corpus)
         mended: list[int] = []
         if not writer.spec.complete:
@@ -196,7 +213,7 @@ def _carry_out(
                     f"{out.name}: {plan.num_samples:,} samples were planned, {writer.counts.seen:,} came out; the store is left unfinished."
                 )
             writer.finish()
-        return _Outcome(writer.counts, mended)
+        return _Outcome(counts_of(writer.spec, writer.commits), mended)
 
 
 def _run(
@@ -226,7 +243,8 @@ def _run(
     def show(new: Counts) -> None:
         nonlocal counts
         counts = counts + new
-        progress(counts.seen, plan.num_samples, f"{counts.quarantined:,} quarantined" if counts.quarantined else "")
+        quarantined = counts.quarantined - writer.spec.retried(counts.seen)
+        progress(counts.seen, plan.num_samples, f"{quarantined:,} quarantined" if quarantined else "")
 
     mend(writer, missing, lost, hands)
     show(Counts())

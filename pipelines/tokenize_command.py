@@ -15,7 +15,7 @@ import torch
 from pipelines.corpus.plan import Plan
 from pipelines.encoder import Encoding
 from pipelines.foreign import ForeignTokenizer, load_tokenizer
-from pipelines.growth import grows, require_same_job, stages
+from pipelines.growth import grows, planned_job
 from pipelines.options import Codec, Device, ImageFlags, Precision, choose_device, default_workers
 from pipelines.outputs import disk_bytes, refuse_inside, run_record
 from pipelines.planning import planned
@@ -30,11 +30,13 @@ from vqmill.layout import find_spec
 from vqmill.places import FileAt, Folder, Where, place_of
 from vqmill.spec import MOST_ROWS_PER_SHARD, LevelSpec
 
+LISTED = 10
+
 
 def tokenize(
     corpus: str, tokenizer_path: Path | None, out: str | Path, *, module: str | None, size: int | None, workers: int | None, batch_size: int, shard_rows: int | None,
     codec: Codec, precision: Precision, device: Device, dry_run: bool, limit: int | None = None,
-    images: ImageFlags = ImageFlags(),
+    retry_quarantined: bool = False, images: ImageFlags = ImageFlags(),
 ) -> Result:  # fmt: skip
     """Runs the command; see `vqmill tokenize --help`."""
     for flag, value in (
@@ -66,7 +68,7 @@ def tokenize(
     if limit is not None:
         plan = plan.first_samples(limit)
     if dry_run:
-        return _dry_run(plan, model, out, options)
+        return _dry_run(plan, model, out, options, retry=retry_quarantined)
 
     def record(**outcome: Any) -> None:
         place = tokenizer_place(tokenizer_path, module, out)
@@ -75,11 +77,12 @@ def tokenize(
 
     with meter("tokenizing", "samples") as show:
         # Said at the beginning, too: who finds an unfinished store looks there for the command that finishes it.
-        made = tokenize_corpus(plan, model, out, options, show, started=record)
+        made = tokenize_corpus(plan, model, out, options, show, started=record, retry=retry_quarantined)
     if made.did_something or not run_file(out).exists():
         record(rows=made.rows, counts=asdict(made.counts), seconds=made.seconds)
     size = disk_bytes(out)
     lines = _made_lines(out, levels, made, size)
+    lines += _retry_lines(made) if retry_quarantined else []
     if made.appended_rows:
         lines.append(f"appended: {made.appended_rows:,} rows, behind the {made.rows - made.appended_rows:,} of before")
     if made.mended:
@@ -102,6 +105,7 @@ def tokenize(
         "appended_rows": made.appended_rows,
         "mended_shards": list(made.mended),
         "reasons": made.reasons,
+        "retried": made.retried,
         "fingerprint": model.fingerprint,
     }
     return Result(lines, made.counts, made.rows, facts, quarantine=f"{out}/quarantine")
@@ -119,6 +123,22 @@ def _made_lines(out: str | Path, levels: Iterable[LevelSpec], made: TokenizeResu
         f"{made.counts.quarantined:,} samples quarantined",
         run,
     ]
+
+
+def _retry_lines(made: TokenizeResult) -> list[str]:
+    """What became of the samples that were tried again, and why the first ones of those that stay set aside do."""
+    good = made.retried - len(made.still_bad)
+    lines = ["no quarantined sample was there to be tried again"]
+    if made.retried:
+        lines = [
+            f"tried again: {made.retried:,} quarantined samples; {good:,} are rows now, {len(made.still_bad):,} stay quarantined"
+        ]
+    lines += [f"  {bad['reason']}: {bad['source']}: {bad['key']} ({bad['detail']})" for bad in made.still_bad[:LISTED]]
+    if made.waiting:
+        lines.append(
+            f"the corpus has {made.waiting:,} samples more than the store: the same command without --retry-quarantined appends them"
+        )
+    return lines
 
 
 def next_command(out: str | Path, levels: Iterable[LevelSpec]) -> str:
@@ -182,18 +202,22 @@ def relative_to_store(what: Where, store: Where) -> str:
     return os.path.relpath(path, folder.path.absolute()) if isinstance(folder, Folder) else str(path)
 
 
-def _dry_run(plan: Plan, model: ImageTokenizer, out: str | Path, options: TokenizeOptions) -> Result:
-    found = find_spec(out)
-    plan = stages(found, plan)[-1]
+def _dry_run(plan: Plan, model: ImageTokenizer, out: str | Path, options: TokenizeOptions, *, retry: bool) -> Result:
+    place = place_of(out)
+    found = find_spec(place)
+    job = planned_job(plan, place, found, retry=retry)
+    plan = job.parts[-1]
     spec = store_spec(plan, model, options)
     raw = plan.num_samples * spec.row_bytes
     done = more = 0
     state = "nothing is there yet"
     if found:
-        require_same_job(out, found, spec, plan)
+        job.require_same(out, found, spec, plan)
         done, more = found.num_rows, plan.num_samples - found.segments[-1].num_samples
         state = f"{done:,} rows are committed already"
-        if grows(found, plan):
+        if job.retries:
+            state = f"would try {job.retries:,} quarantined samples again, behind {done:,} rows"
+        elif grows(found, plan):
             state = f"would append {more:,} samples to {done:,} rows"
     lines = [
         f"{plan.corpus}: {len(plan.shards):,} input shards, {plan.num_samples:,} samples, {plan.num_bytes / 1e6:,.1f} MB",
@@ -208,6 +232,7 @@ def _dry_run(plan: Plan, model: ImageTokenizer, out: str | Path, options: Tokeni
             "input_shards": len(plan.shards),
             "raw_bytes": raw,
             "committed_rows": done,
-            "appended_samples": more,
+            "appended_samples": 0 if job.retries else more,
+            "retried_samples": job.retries,
         },
     )

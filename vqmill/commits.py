@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from vqmill.errors import CodesError
 from vqmill.files import canonical_json, sealed
 from vqmill.places import MAX_RECORD_BYTES, Where, place_of, read_file
+from vqmill.spec import StoreSpec
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,12 @@ class Commit:
             raise CodesError(f"{path}: {error}") from error
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CodesError(f"{path}: damaged commit record ({error}). Restore it from a copy.") from error
+
+
+def counts_of(spec: StoreSpec, commits: Iterable[Commit]) -> Counts:
+    """Samples of a store, each counted once: those that were tried again count as what became of them then."""
+    total = sum((commit.counts for commit in commits), Counts())
+    return replace(total, quarantined=total.quarantined - spec.retried(total.seen))
 
 
 def file_facts(data: bytes) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from vqmill.errors import CodesError
 from vqmill.places import Hold, Place, Where, place_of
 from vqmill.problems import Problem, span
 from vqmill.spec import StoreSpec
-from vqmill.verify import job_of, resumable_commits, shard_of, verify_store
+from vqmill.verify import job_of, lines_tried_again, resumable_commits, shard_of, verify_store
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ def plan_repair(spec: StoreSpec, problems: Iterable[Problem], names: Iterable[st
     - Damaged files of the Zarr shards that stay are removed; their commit records stay, so that what is made in their place can be compared.
     - Both only when the job that made the store can make again what is taken away; the store is then unfinished.
     - Segments stay: the job goes on with the plan of the last one, which begins with those before it.
+    - Quarantine lines that a retry took up are not made again, for the samples may be good by now: no tail with some of them is given up.
 
     Args:
         spec: what the store says of itself.
@@ -85,7 +86,7 @@ def plan_repair(spec: StoreSpec, problems: Iterable[Problem], names: Iterable[st
             rewrite.add(problem.file)
         elif problem.kind in ("unfinished", "reopened") or (problem.shards is not None and problem.shards[0] >= kept):
             continue  # the job sees to it, or it goes with the tail
-        elif problem.kind == "damaged" and resumable is not None:
+        elif problem.kind == "damaged" and resumable is not None and not lines_tried_again(spec, problem):
             remake.append(problem.file)
         else:
             remaining.append(problem)

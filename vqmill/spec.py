@@ -127,7 +127,9 @@ class Segment:
         first_commit: the commit that holds this row, once there is one: first_row // rows_per_shard. It may hold rows of the segment
             before, too.
         input_shards: how many input shards the plan has; a longer plan begins with exactly these.
-        num_samples: how many samples they hold.
+        num_samples: how many samples they hold; those that are tried again are counted again.
+        retries: how many quarantine lines this plan takes up: all that counted before it. Its input shards behind those of the segment
+            before hold these samples, and no others.
     """
 
     plan: str
@@ -135,6 +137,12 @@ class Segment:
     first_commit: int = 0
     input_shards: int = 0
     num_samples: int = 0
+    retries: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry of `segments`; `retries` is there only when there are some."""
+        entry = asdict(self)
+        return entry if self.retries else {name: value for name, value in entry.items() if name != "retries"}
 
 
 @dataclass(frozen=True)
@@ -225,6 +233,20 @@ class StoreSpec:
         """Raw bytes of one row over all levels."""
         return sum(level.row_bytes for level in self.levels)
 
+    def retried(self, seen: int) -> int:
+        """How many of the samples that commits count were counted before, as quarantined, and have been tried again since.
+
+        So many quarantine lines count no more: the first ones of the store.
+
+        Args:
+            seen: samples over all commits.
+        """
+        again = behind = 0
+        for segment in self.segments:
+            again += min(segment.retries, max(0, seen - behind))
+            behind = segment.num_samples
+        return again
+
     def with_progress(self, *, num_rows: int, num_commits: int, complete: bool) -> StoreSpec:
         """The same store, further on."""
         return replace(self, num_rows=num_rows, num_commits=num_commits, complete=complete)
@@ -266,7 +288,7 @@ class StoreSpec:
             "tokenizer": dict(self.tokenizer),
             "preprocessing": dict(self.preprocessing),
             "corpus": dict(self.corpus),
-            "segments": [asdict(segment) for segment in self.segments],
+            "segments": [segment.to_json() for segment in self.segments],
             "codec": self.codec,
             "num_rows": self.num_rows,
             "num_commits": self.num_commits,
@@ -291,6 +313,7 @@ class StoreSpec:
                 Segment(
                     str(segment["plan"]),
                     *(_whole(segment[name]) for name in ("first_row", "first_commit", "input_shards", "num_samples")),
+                    retries=_whole(segment.get("retries", 0)),
                 )
                 for segment in attributes["segments"]
             )

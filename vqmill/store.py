@@ -50,23 +50,30 @@ def open_codes(path: Where, *, allow_incomplete: bool = False, any_layout: bool 
                 f"{place.name}: unfinished: {spec.num_rows:,} rows are committed, and some are missing or still to come. Run the command that makes it "
                 "(`vqmill tokenize ...`) again to finish it, or, in Python, open it with allow_incomplete=True."
             )
-        spec = spec.with_progress(num_rows=finished, num_commits=-(-finished // spec.rows_per_shard), complete=True)
+        num_commits = -(-finished // spec.rows_per_shard)
+        spec = spec.with_progress(num_rows=finished, num_commits=num_commits, complete=True)
+        before, retries = sum(segment.retries for segment in spec.segments[:-1]), spec.segments[-1].retries
+        return Codes(place, spec, any_layout=any_layout, lines=(before, before + retries if retries else None))
     return Codes(place, spec, any_layout=any_layout)
 
 
 class Codes:
     """An open code store: row i of every level, of `labels` and of `samples()` is the same sample."""
 
-    def __init__(self, place: Place, spec: StoreSpec, *, any_layout: bool = False) -> None:
+    def __init__(
+        self, place: Place, spec: StoreSpec, *, any_layout: bool = False, lines: tuple[int, int | None] | None = None
+    ) -> None:
         self.place = place
         self._any_layout = any_layout
+        again = sum(segment.retries for segment in (spec.segments if spec.complete else spec.segments[:-1]))
+        self._lines = lines or (again, None)  # of the quarantine, those that count
         self.spec = spec
         self._arrays = {level.name: self._open(level.name, level) for level in spec.levels}
         self._labels = self._open(layout.LABEL, None)
 
     def __reduce__(self) -> tuple[Callable[..., Codes], tuple[Place, StoreSpec]]:
         """A copy, in this process or another one, opens its own files."""
-        return partial(Codes, any_layout=self._any_layout), (self.place, self.spec)
+        return partial(Codes, any_layout=self._any_layout, lines=self._lines), (self.place, self.spec)
 
     def __len__(self) -> int:
         return self.spec.num_rows
@@ -223,8 +230,11 @@ class Codes:
                 ) from error
         return np.intersect1d(chosen, np.concatenate(found), assume_unique=True)
 
-    def quarantine(self) -> pa.Table:
-        """The samples that were set aside, with the reason for each.
+    def quarantine(self, *, history: bool = False) -> pa.Table:
+        """The samples that are set aside, with the newest reason for each.
+
+        Args:
+            history: give what was said of samples before they were tried again, too. (While a retry is under way both are given of some.)
 
         Raises:
             CodesError: a part of the table is missing or damaged.
@@ -234,7 +244,9 @@ class Codes:
         from vqmill.tables import QUARANTINE_SCHEMA
 
         parts = [self.table(layout.quarantine_file(shard), QUARANTINE_SCHEMA) for shard in range(self.spec.num_commits)]
-        return pa.concat_tables(parts) if parts else QUARANTINE_SCHEMA.empty_table()
+        lines = pa.concat_tables([QUARANTINE_SCHEMA.empty_table(), *parts])
+        first, stop = self._lines
+        return lines if history else lines.slice(first, None if stop is None else stop - first)
 
     def batches(
         self,

@@ -14,13 +14,15 @@ from functools import partial
 from typing import Any
 
 from vqmill import layout
-from vqmill.commits import Commit, Counts
+from vqmill.commits import Commit, Counts, counts_of
 from vqmill.contents import ShardFindings, check_shard, check_sizes
 from vqmill.errors import CodesError
 from vqmill.files import PARTIAL_SUFFIX
 from vqmill.places import Place, Where, place_of, read_file
 from vqmill.problems import NO_DAMAGE, Problem, whole_commits
+from vqmill.retries import retry_problems
 from vqmill.spec import StoreSpec
+from vqmill.store import Codes
 from vqmill.stored import MAX_ARRAY_METADATA_BYTES
 from vqmill.usage import StoreUsage
 from vqmill.writer import READERS
@@ -96,6 +98,8 @@ def verify_store(
         if progress:
             progress(done, spec.num_commits)
     problems += _foreign_files(spec, [name for name in listed if name not in links])
+    if spec.complete and not quick and not problems and any(segment.retries for segment in spec.segments):
+        problems += [Problem("counts", "zarr.json", text) for text in retry_problems(Codes(place, spec))]
     if layout.read_spec(place) != spec:
         raise CodesError(
             f"{place.name}: changed while it was verified: a job is writing it. Wait for it to end, and verify again."
@@ -104,7 +108,7 @@ def verify_store(
         problems.append(Problem("unfinished", "zarr.json", f"unfinished: {spec.num_rows:,} rows count so far"))
     return Verification(
         spec.num_rows,
-        sum((commit.counts for commit in commits.values()), Counts()),
+        counts_of(spec, commits.values()),
         bytes_read,
         {} if quick else usage.used,
         {} if quick else usage.perplexity,
@@ -136,14 +140,22 @@ def job_of(spec: StoreSpec, again: str | None) -> str:
 def resumable_commits(spec: StoreSpec, problems: Iterable[Problem]) -> int | None:
     """How many commits the job that made a store can go on from after a repair, making lost files of them again; None when it cannot.
 
-    It cannot when no commit is whole, or when one in the middle is lost, for it reads every record.
+    It cannot when no commit is whole, or when one in the middle is lost, for it reads every record; nor when a retry lies behind the
+    whole ones, for no job gives the samples again as they were before it.
     """
     problems = tuple(problems)
     whole = whole_commits(spec.num_commits, problems)
     lost = any(problem.kind == "record" and problem.shards and problem.shards[0] < whole for problem in problems)
     other = any(problem.kind in ("link", "counts") for problem in problems)
-    stuck = lost or other or (whole == 0 and spec.num_commits > 0)
+    retried = any(segment.retries and segment.first_row > whole * spec.rows_per_shard for segment in spec.segments)
+    stuck = lost or other or retried or (whole == 0 and spec.num_commits > 0)
     return whole if can_be_made_again(spec) and not stuck else None
+
+
+def lines_tried_again(spec: StoreSpec, problem: Problem) -> bool:
+    """Whether a problem is of quarantine lines that a retry took up: no job makes them again, and a retry cannot be known without them."""
+    last = max((segment.first_commit for segment in spec.segments if segment.retries), default=-1)
+    return problem.file.startswith("quarantine/") and problem.shards is not None and problem.shards[0] <= last
 
 
 def _in_threads(tasks: Iterable[Callable[[], ShardFindings]]) -> Iterator[ShardFindings]:
@@ -260,11 +272,12 @@ def _order_problems(spec: StoreSpec, commits: Mapping[int, Commit]) -> Iterator[
         last = spec.segments[number - 1] if number else None
         wrong = segment.first_commit != segment.first_row // spec.rows_per_shard
         if last is None:
-            wrong = wrong or segment.first_row != 0
+            wrong = wrong or segment.first_row != 0 or segment.retries != 0
         else:
             wrong = wrong or any(
                 getattr(segment, name) < getattr(last, name) for name in ("first_row", "input_shards", "num_samples")
             )
+            wrong = wrong or bool(segment.retries and segment.num_samples - last.num_samples != segment.retries)
         if wrong or (spec.complete and segment.first_row > spec.num_rows):
             text = f"segment {number} (row {segment.first_row:,}, commit {segment.first_commit:,}) does not follow from those before it"
             yield Problem("counts", "zarr.json", text)
@@ -327,6 +340,8 @@ def _advised(
                 advice = "Copy the store with its links resolved (cp -rL)"
             case "counts":
                 advice = "Restore the store's metadata and commit records from a copy"
+            case "damaged" if lines_tried_again(spec, problem):
+                advice = f"Restore it from a copy, or make the store again at another place: {job}"
             case "damaged" if whole is not None and not spec.complete and problem.wrong == "missing":
                 advice = f"To make it again, run: {job}"
             case "damaged" if whole is not None:
@@ -342,8 +357,16 @@ def _advised(
 
 
 def _input_shards(spec: StoreSpec, commits: Mapping[int, Commit], problem: Problem) -> tuple[int, int] | None:
-    """First and last input shard that may lie in a Zarr shard: from the cursor before it to its own. Cursors of copies count stores."""
-    if "copied" in spec.corpus or problem.shards is None or problem.shards[1] not in commits:
+    """First and last input shard that may lie in a Zarr shard: from the cursor before it to its own.
+
+    Cursors of copies count stores, those of stores with a retry its samples, too: they name no input shards of the corpus.
+    """
+    if (
+        "copied" in spec.corpus
+        or any(segment.retries for segment in spec.segments)
+        or problem.shards is None
+        or problem.shards[1] not in commits
+    ):
         return None
     first, last = problem.shards
     if first and first - 1 not in commits:

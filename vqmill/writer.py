@@ -200,7 +200,7 @@ class StoreWriter:
         self.spec = replace(self.spec, codec=codec)
         self._publish(complete=False)
 
-    def grow(self, plan: str, input_shards: int, num_samples: int, corpus: Mapping[str, Any]) -> None:
+    def grow(self, plan: str, input_shards: int, num_samples: int, corpus: Mapping[str, Any], retries: int = 0) -> None:
         """Takes up a longer plan, of which the store's is a true beginning.
 
         A finished store gets a segment, and goes on. In an unfinished one the longer plan takes the place of the shorter, which nobody
@@ -211,11 +211,15 @@ class StoreWriter:
             input_shards: how many it has.
             num_samples: how many they hold.
             corpus: what the store says of it from now on.
+            retries: quarantine lines that it takes up, all that count: its further input shards are these samples. The store is finished.
         """
         last = self.spec.segments[-1]
         assert input_shards > last.input_shards, f"{input_shards} input shards are not more than {last.input_shards}"
+        assert self.spec.complete or not (retries or last.retries), (
+            "a retry is a segment of its own, and is finished first"
+        )
         first_row = self.spec.num_rows if self.spec.complete else last.first_row
-        grown = Segment(plan, first_row, first_row // self.spec.rows_per_shard, input_shards, num_samples)
+        grown = Segment(plan, first_row, first_row // self.spec.rows_per_shard, input_shards, num_samples, retries)
         kept = self.spec.segments if self.spec.complete else self.spec.segments[:-1]
         codec = self.spec.codec if self.spec.num_rows else self._codec  # of no rows, a new choice is as good
         self.spec = replace(self.spec, segments=(*kept, grown), corpus=corpus, codec=codec)

@@ -20,7 +20,7 @@ from pipelines.corpus.grouping import Tally, walk_samples
 from pipelines.corpus.named_tars import FORMS, expand_address, expand_paths
 from pipelines.corpus.names import text_of
 from pipelines.corpus.objects import check_address, is_address, list_objects, open_tar
-from pipelines.corpus.problems import CorpusError
+from pipelines.corpus.problems import CorpusError, Problem
 from pipelines.corpus.published import PREFIX, IdxFiles, find_published
 from vqmill.kinds import held_by, kind_of
 
@@ -81,26 +81,36 @@ class IdxRange:
     start: int
 
 
+@dataclass(frozen=True, slots=True)
+class Retried:
+    """Some samples of an input shard, by their index in it, ascending."""
+
+    base: InputShard
+    indices: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class InputShard:
     """A piece of a corpus that is read from its beginning to its end.
 
     Attributes:
-        index: its place in the plan.
+        index: its place in the corpus; of samples that are tried again, that of the input shard they are in.
         name: unique in the plan and the same wherever the corpus lies.
         num_samples: rows that reading it gives, the bad ones among them.
         num_bytes: what is read of it.
         content: where its samples are.
+        known: problems of samples by index, that are told again and not looked for: these samples are tried again elsewhere in the plan.
     """
 
     index: int
     name: str
     num_samples: int
     num_bytes: int
-    content: FileBundle | TarFile | IdxRange
+    content: FileBundle | TarFile | IdxRange | Retried
+    known: tuple[tuple[int, Problem], ...] = ()
 
     @property
-    def kind(self) -> Literal["files", "tar", "idx"]:
+    def kind(self) -> Literal["files", "tar", "idx", "retry"]:
         """What it is made of."""
         match self.content:
             case FileBundle():
@@ -109,6 +119,8 @@ class InputShard:
                 return "tar"
             case IdxRange():
                 return "idx"
+            case Retried():
+                return "retry"
 
     @property
     def of_tar(self) -> TarFile:
@@ -124,6 +136,8 @@ class InputShard:
                 return is_address(place)
             case IdxRange():
                 return False
+            case Retried(base=base):
+                return base.remote
 
     @cached_property
     def digest(self) -> str:
@@ -135,6 +149,8 @@ class InputShard:
             facts.append(self.content.whole.digest)  # of a tar that has changed, no part is as it was
         elif isinstance(self.content, TarFile) and self.content.etag:
             facts.append(self.content.etag)
+        elif isinstance(self.content, Retried):
+            facts += [self.content.base.digest, self.content.indices]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
@@ -160,6 +176,11 @@ class Plan:
     def num_samples(self) -> int:
         """Rows that reading the whole corpus gives, the bad ones among them."""
         return sum(shard.num_samples for shard in self.shards)
+
+    @property
+    def num_retried(self) -> int:
+        """How many of them are samples that are tried again."""
+        return sum(shard.num_samples for shard in self.shards if shard.kind == "retry")
 
     @property
     def num_bytes(self) -> int:
@@ -356,3 +377,5 @@ def _part(shard: InputShard, index: int, start: int, stop: int) -> InputShard:
             before, behind = (whole.num_bytes * place // whole.num_samples for place in (first, last))
             name = f"{whole.name}[{first}:{last}]"
             return InputShard(index, name, stop - start, behind - before, TarFile(path, first, whole))
+        case Retried():
+            raise AssertionError("a corpus is cut before samples of it are tried again")

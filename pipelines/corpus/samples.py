@@ -21,7 +21,7 @@ from pipelines.corpus.grouping import MAX_SAMPLE_BYTES, Part, Tally, TarSample, 
 from pipelines.corpus.idx import read_idx
 from pipelines.corpus.names import text_of
 from pipelines.corpus.objects import RemoteObject, changed, get_object, is_address, open_object, open_tar, require_size
-from pipelines.corpus.plan import FileBundle, IdxRange, ImageFile, InputShard, TarFile
+from pipelines.corpus.plan import FileBundle, IdxRange, ImageFile, InputShard, Retried, TarFile
 from pipelines.corpus.problems import CorpusError, Problem, Reason
 
 OPEN_TARS = 32  # kept open between samples
@@ -80,7 +80,7 @@ def read_samples(shard: InputShard, start: int = 0) -> Iterator[RawSample]:
         shard: from a plan.
         start: the first index wanted; what lies before it is passed over cheaply.
     """
-    if isinstance(shard.content, TarFile):
+    if isinstance(shard.content, TarFile) and not shard.known:
         yield from _walk_tar(shard, start, load=True, convert=_from_tar)
     elif shard.remote:
         yield from _read_ahead(shard, list_samples(shard, start))
@@ -106,6 +106,12 @@ def _read_ahead(shard: InputShard, refs: Iterator[SampleRef]) -> Iterator[RawSam
 
 def list_samples(shard: InputShard, start: int = 0) -> Iterator[SampleRef]:
     """The same samples in the same order as `read_samples` gives, without their data."""
+    known = dict(shard.known)
+    for ref in _listed(shard, start):
+        yield replace(ref, problem=known[ref.index]) if ref.index in known else ref
+
+
+def _listed(shard: InputShard, start: int) -> Iterator[SampleRef]:
     match shard.content:
         case TarFile():
             yield from _walk_tar(shard, start, load=False, convert=_tar_ref)
@@ -116,6 +122,11 @@ def list_samples(shard: InputShard, start: int = 0) -> Iterator[SampleRef]:
             source = os.path.basename(files.images)
             for index in range(start, shard.num_samples):
                 yield SampleRef(f"{files.split}-{first + index:08d}", source, index, None, None)
+        case Retried(base=base, indices=indices):
+            if start < len(indices):
+                first, last, wanted = indices[start], indices[-1], frozenset(indices)
+                refs = islice(list_samples(base, first), last - first + 1)
+                yield from (ref for ref in refs if ref.index in wanted)
 
 
 def load_sample(shard: InputShard, ref: SampleRef) -> RawSample:
@@ -123,6 +134,8 @@ def load_sample(shard: InputShard, ref: SampleRef) -> RawSample:
     if ref.problem is not None:
         return RawSample(ref.key, ref.source, ref.index, problem=ref.problem)
     match shard.content:
+        case Retried(base=base):
+            return load_sample(base, ref)
         case TarFile(path=path, whole=whole):
             assert isinstance(ref.place, TarSample)
             return _load_from_tar(whole or shard, path, ref.place)
