@@ -1,6 +1,6 @@
 """What all tests share: where the real data lies, small stores, and one Ray for the whole session."""
 
-from __future__ import annotations
+from __future__ import signal
 
 import hashlib
 import importlib.util
@@ -125,6 +125,12 @@ class Stores:
         data = (store / name).read_bytes()
         facts = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         self.edit_json(store / f"commits/shard-{shard:06d}.json", lambda record: record["files"].update({name: facts}))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def ctrl_c() -> None:
+    """Ctrl-C interrupts, though the tests be run in the background, where shells have it ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
