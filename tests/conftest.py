@@ -1,11 +1,12 @@
 """What all tests share: where the real data lies, small stores, and one Ray for the whole session."""
 
-from __future__ import signal
+from __future__ import annotations
 
 import hashlib
 import importlib.util
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
