@@ -32,7 +32,7 @@ class Killed(BaseException):
 @pytest.fixture(autouse=True)
 def hasty(monkeypatch):
     """Leases that end soon, and no patience with a server that does not answer."""
-    for name, seconds in {"LEASE_SECONDS": 0.4, "RENEW_SECONDS": 0.1, "LOOK_SECONDS": 0.05}.items():
+    for name, seconds in {"LEASE_SECONDS": 1.0, "RENEW_SECONDS": 0.1, "LOOK_SECONDS": 0.05}.items():
         monkeypatch.setattr(lease_module, name, seconds)
     monkeypatch.setattr(bucket_module, "RETRY", {"max_retries": 1})
 
