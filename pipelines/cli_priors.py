@@ -62,7 +62,7 @@ def sample(
             at most 256, of the first 256 classes.
         seed: of the noise; image i depends on the seed and i only.
         label: a class, by its number or its name; or "each" for every class in turn, with a column of their own if there are 32 at most.
-            Any class if not given. What is a number is taken for one, whatever classes are named.
+            Any class if not given. The number of a class is taken for it, whatever classes are named.
         temperature: below 1 is likelier and less varied; 0 always takes the likeliest code.
         top_k: draw among so many of the likeliest codes only; 0 for all.
         top_p: draw among the likeliest codes that together have this probability; 1 for all.
