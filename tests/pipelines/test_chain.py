@@ -219,36 +219,21 @@ def test_bad_samples_end_with_exit_code_3(
         Image.fromarray(np.full((20, 20, 3), 40 * index, np.uint8)).save(folder / f"{index}.png")
     (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 cut")
     (folder / "notes.txt").write_text("not an image")
-    assert (
-        run(
-            "tokenize",
-            folder,
-            "--tokenizer",
-            tokenizer_folder,
-            "--out",
-            tmp_path / "c.zarr",
-            "--workers",
-            "1",
-            "--json",
-        )
-        == 3
+    words = (
+        "tokenize",
+        folder,
+        "--tokenizer",
+        tokenizer_folder,
+        "--out",
+        tmp_path / "c.zarr",
+        "--workers",
+        "1",
+        "--json",
     )
+    assert run(*words) == 3
     report = last_json(capsys)
     assert (report["seen"], report["encoded"], report["quarantined"], report["skipped"]) == (8, 6, 1, 1)
-    assert (
-        run(
-            "tokenize",
-            folder,
-            "--tokenizer",
-            tokenizer_folder,
-            "--out",
-            tmp_path / "c.zarr",
-            "--workers",
-            "1",
-            "--json",
-        )
-        == 3
-    )
+    assert run(*words) == 3
     assert last_json(capsys)["resumed_rows"] == 6
     assert run("inspect", folder) == 3
     assert run("verify", tmp_path / "c.zarr") == 3
