@@ -103,8 +103,8 @@ def evaluate(
 def tokenize(
     corpus: str, /, *, tokenizer: Path | None = None, tokenizer_module: str | None = None, out: str, size: int | None = None, workers: int | None = None, batch_size: int = 32,
     shard_rows: int | None = None, codec: Codec = "auto", precision: Precision = "fp32", device: Device = "auto", limit: int | None = None,
-    retry_quarantined: Annotated[bool, Parameter(negative="")] = False, images: ImageFlags = ImageFlags(), dry_run: Annotated[bool, Parameter(negative="")] = False,
-    common: Common = Common(),
+    retry_quarantined: Annotated[bool, Parameter(negative="")] = False, images: ImageFlags = ImageFlags(), sample_timeout: int = 60,
+    dry_run: Annotated[bool, Parameter(negative="")] = False, common: Common = Common(),
 ) -> int:  # fmt: skip
     """Send a corpus through a tokenizer into a code store.
 
@@ -127,6 +127,8 @@ def tokenize(
         limit: take the first so many samples of the corpus only. A larger limit later, or none, appends the next ones.
         retry_quarantined: try again the samples that a finished store has set aside, for example when their files were restored. Those that
             work now become rows behind the others. Nothing else is appended: that takes the same command without this.
+        sample_timeout: seconds that decoding one image may take; images that take longer, each time they are tried alone, are quarantined as
+            timed_out. Recorded in the store.
         dry_run: say what would be done and how large it would be, and stop.
     """
     from pipelines.tokenize_command import tokenize as job
@@ -134,6 +136,7 @@ def tokenize(
     return run(common, lambda: job(
         corpus, tokenizer, out, module=tokenizer_module, size=size, workers=workers, batch_size=batch_size, shard_rows=shard_rows, codec=codec,
         precision=precision, device=device, dry_run=dry_run, limit=limit, retry_quarantined=retry_quarantined, images=images,
+        sample_timeout=sample_timeout,
     ))  # fmt: skip
 
 

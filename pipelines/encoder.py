@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 
+from pipelines.careful import SAMPLE_TIMEOUT, CarefulDecoder
 from pipelines.corpus.decoding import decode_sample
 from pipelines.corpus.images import Decoded, Preprocessing
 from pipelines.corpus.plan import InputShard
@@ -73,6 +75,8 @@ class SpanEncoder:
         encoding: Encoding,
         device: str,
         num_threads: int = 2,
+        sample_timeout: float = SAMPLE_TIMEOUT,
+        within: Callable[[float], AbstractContextManager[None]] = lambda seconds: nullcontext(),
     ) -> None:
         """Loads the tokenizer.
 
@@ -82,6 +86,8 @@ class SpanEncoder:
             encoding: batch size and precision.
             device: `cpu`, `cuda` or another torch device.
             num_threads: decode threads beside the encoder.
+            sample_timeout: seconds that decoding a sample may take; a batch may take as long as its samples.
+            within: what is done to steps that take longer, see `deadlines.Deadlines`; nothing if not given.
         """
         torch.set_num_threads(1)  # one actor a core; more threads would also change the order of additions
         exact_float32()
@@ -89,6 +95,7 @@ class SpanEncoder:
         self._tokenizer = build()
         self._tokenizer.to(self._device)
         self._preprocessing, self._encoding = preprocessing, encoding
+        self._sample_timeout, self._within = sample_timeout, within
         # int64 would weigh four to eight times as much
         self._dtypes = {level: dtype_for(size) for level, size in self._tokenizer.levels.items()}
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
@@ -96,23 +103,41 @@ class SpanEncoder:
 
     def spans(self, shard: InputShard, first_span: int = 0, stop_span: int | None = None) -> Iterator[Span]:
         """Encodes an input shard from a span on, to its end or up to another span. The next span is decoded while this one is encoded."""
-        wanted = None if stop_span is None else (stop_span - first_span) * SPAN_SAMPLES
-        refs = islice(list_samples(shard, start=first_span * SPAN_SAMPLES), wanted)
+        refs = _refs(shard, first_span, stop_span)
         upcoming = self._decode_next(shard, refs)
         index = first_span
         while upcoming:
             span, upcoming = upcoming, self._decode_next(shard, refs)
-            yield self._encode(index, shard, span)
+            yield self._encode(index, shard, (future.result() for future in span))
             index += 1
+
+    def careful_spans(self, shard: InputShard, first_span: int = 0, stop_span: int | None = None) -> Iterator[Span]:
+        """The same spans, whatever decoders do; see careful.py. Nothing is decoded before its time, so that no span suffers from the next."""
+        refs = _refs(shard, first_span, stop_span)
+        with CarefulDecoder(self._preprocessing, self._sample_timeout) as decoder:
+            for index in count(first_span):
+                span = list(islice(refs, SPAN_SAMPLES))
+                if not span:
+                    return
+                yield self._encode(index, shard, decoder.outcomes(load_sample(shard, ref) for ref in span))
 
     def _decode_next(self, shard: InputShard, refs: Iterator[SampleRef]) -> list[Future[_Outcome]]:
         threads = self._waiting_threads if shard.remote else self._threads
-        return [threads.submit(_load, shard, ref, self._preprocessing) for ref in islice(refs, SPAN_SAMPLES)]
+        return [threads.submit(self._load, shard, ref) for ref in islice(refs, SPAN_SAMPLES)]
 
-    def _encode(self, index: int, shard: InputShard, span: Sequence[Future[_Outcome]]) -> Span:
+    def _load(self, shard: InputShard, ref: SampleRef) -> _Outcome:
+        """Reads and decodes one sample; its file's bytes are let go before the pixels wait for their turn."""
+        sample = load_sample(shard, ref)
+        try:
+            with self._within(self._sample_timeout):
+                outcome: Decoded | BadImage = decode_sample(sample, self._preprocessing)
+        except BadImage as problem:
+            outcome = problem
+        return replace(sample, image=None), outcome
+
+    def _encode(self, index: int, shard: InputShard, span: Iterable[_Outcome]) -> Span:
         pixels, rows, quarantined = [], [], []
-        for future in span:
-            sample, outcome = future.result()
+        for sample, outcome in span:
             place = {"key": sample.key, "source": sample.source, "input_shard": shard.index, "index": sample.index}
             if isinstance(outcome, BadImage):
                 quarantined.append({**place, "reason": str(outcome.reason), "detail": outcome.detail})
@@ -135,25 +160,21 @@ class SpanEncoder:
             padded = min(size for size in (*PADDED_SIZES, batch_size) if len(images) <= size <= batch_size)
             batch = np.zeros((padded, *images.shape[1:]), np.uint8)
             batch[: len(images)] = images
-            with torch.autocast(self._device.type, torch.bfloat16, enabled=self._encoding.precision == "bf16"):
+            autocast = torch.autocast(self._device.type, torch.bfloat16, enabled=self._encoding.precision == "bf16")
+            with self._within(self._sample_timeout * batch_size), autocast:
                 codes = self._tokenizer.encode(torch.from_numpy(batch).to(self._device, non_blocking=True))
-            parts.append(
-                {
-                    level: values[: len(images)].cpu().numpy().astype(self._dtypes[level])
-                    for level, values in codes.items()
-                }
-            )
+                parts.append(
+                    {
+                        level: values[: len(images)].cpu().numpy().astype(self._dtypes[level])
+                        for level, values in codes.items()
+                    }
+                )
         return {level: np.concatenate([part[level] for part in parts]) for level in parts[0]} if parts else {}
 
 
 _Outcome = tuple[RawSample, Decoded | BadImage]
 
 
-def _load(shard: InputShard, ref: SampleRef, preprocessing: Preprocessing) -> _Outcome:
-    """Reads and decodes one sample; its file's bytes are let go before the pixels wait for their turn."""
-    sample = load_sample(shard, ref)
-    try:
-        outcome: Decoded | BadImage = decode_sample(sample, preprocessing)
-    except BadImage as problem:
-        outcome = problem
-    return replace(sample, image=None), outcome
+def _refs(shard: InputShard, first_span: int, stop_span: int | None) -> Iterator[SampleRef]:
+    wanted = None if stop_span is None else (stop_span - first_span) * SPAN_SAMPLES
+    return islice(list_samples(shard, start=first_span * SPAN_SAMPLES), wanted)

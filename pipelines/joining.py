@@ -14,8 +14,8 @@ from vqmill.errors import UsageError
 from vqmill.settings import different_settings
 from vqmill.spec import CODECS, Segment, StoreSpec, default_rows_per_shard, usable_rows_per_shard
 
-# Facts of the tokenizer's runs: they may move single codes by rounding, not what codes mean.
-JOINED = ("batch_size", "computed_on")
+# Facts of the tokenizer's runs: they may move single codes by rounding, or set a sample aside, not what codes mean.
+JOINED = ("batch_size", "computed_on", "sample_timeout_seconds")
 # Of the corpus; what it says beside these is kept where all sources agree.
 REWRITTEN = ("description", "num_samples", "class_names", "skipped", "copied")
 BETWEEN = "; "  # joined values

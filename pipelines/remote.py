@@ -11,6 +11,7 @@ from ray.exceptions import RayError, RayTaskError
 from pipelines.assembly import Order, SpanFacts, Written, carry_out
 from pipelines.corpus.images import Preprocessing
 from pipelines.corpus.plan import InputShard
+from pipelines.deadlines import Deadlines
 from pipelines.encoder import Encoding, Span, SpanEncoder, describe_device
 from pipelines.errors import RunFailed
 from tokenizer.protocol import ImageTokenizer
@@ -22,18 +23,24 @@ class EncoderActor:
     """Owns one device and its decode threads; pixels never leave it."""
 
     def __init__(
-        self, build: Callable[[], ImageTokenizer], preprocessing: Preprocessing, encoding: Encoding, device: str
-    ) -> None:
-        self._encoder = SpanEncoder(build, preprocessing, encoding, device)
+        self, build: Callable[[], ImageTokenizer], preprocessing: Preprocessing, encoding: Encoding, device: str, sample_timeout: float
+    ) -> None:  # fmt: skip
+        within = Deadlines().within  # an actor is a process that may end: what it had in hand is done again, carefully
+        self._encoder = SpanEncoder(
+            build, preprocessing, encoding, device, sample_timeout=sample_timeout, within=within
+        )
         self._device = device
 
     def describe(self) -> str:
         """See `encoder.describe_device`."""
         return describe_device(self._device)
 
-    def encode(self, shard: InputShard, first_span: int, stop_span: int | None) -> Iterator[Span | SpanFacts]:
+    def encode(
+        self, shard: InputShard, first_span: int, stop_span: int, *, careful: bool
+    ) -> Iterator[Span | SpanFacts]:
         """Streams each span, then its facts: facts that arrive say that the span is safely stored."""
-        for span in self._encoder.spans(shard, first_span, stop_span):
+        spans = self._encoder.careful_spans if careful else self._encoder.spans
+        for span in spans(shard, first_span, stop_span):
             yield span
             yield SpanFacts(span.index, span.samples.num_rows, span.counts)
 

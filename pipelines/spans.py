@@ -16,7 +16,8 @@ from vqmill.errors import CodesError
 
 WINDOW = 4  # input shards in flight for each actor: bounds what waits for its turn
 MAX_WAITING_SPANS = 64  # of an input shard whose turn has not come; beyond, its actor is left to wait
-MAX_DEATHS = 3  # a span that killed its actor so often stops the job
+MAX_DEATHS = 3  # a span that killed its actor so often, all but once in careful mode, stops the job
+CAREFUL_SPANS = 2  # after a death: the span that did not arrive, and the one that was decoded ahead of it
 
 
 class Encoders:
@@ -77,11 +78,12 @@ class Encoders:
 
 @dataclass
 class _Running:
-    """An input shard on an actor."""
+    """An input shard on an actor, from a span to `stop_span`."""
 
     unit: int
     actor: Any
     next_span: int
+    stop_span: int
 
 
 @dataclass
@@ -126,6 +128,9 @@ class _Range:
     def _first_span(self, unit: int) -> int:
         return self.start.span if unit == self.start.input_shard else 0
 
+    def _stop_span(self, unit: int) -> int:
+        return self.limits.get(unit, -(-self.shards[unit].num_samples // SPAN_SAMPLES))
+
     def _assign(self) -> None:
         while self.idle:
             if self.again:
@@ -136,9 +141,12 @@ class _Range:
             else:
                 return
             actor = self.idle.pop()
+            careful, stop = self.deaths[unit, span] > 0, self._stop_span(unit)
+            if careful:
+                stop = min(stop, span + CAREFUL_SPANS)
             encode = actor.encode.options(num_returns="streaming", _generator_backpressure_num_objects=16)
-            stream = encode.remote(self.shards[unit], span, self.limits.get(unit))
-            self.running[stream] = _Running(unit, actor, span)
+            stream = encode.remote(self.shards[unit], span, stop, careful=careful)
+            self.running[stream] = _Running(unit, actor, span, stop)
 
     def _receive(self) -> None:
         """Waits for a span, or for the end of an input shard."""
@@ -152,9 +160,12 @@ class _Range:
                 facts, span = _next_span(stream)
             except StopIteration:
                 del self.running[stream]
-                self._require_whole(task)
-                self.ended.add(task.unit)
                 self.idle.append(task.actor)
+                if task.next_span == task.stop_span < self._stop_span(task.unit):  # what was to be done carefully is
+                    self.again.append((task.unit, task.next_span))
+                else:
+                    self._require_whole(task)
+                    self.ended.add(task.unit)
             except RayTaskError as error:
                 name = self.shards[task.unit].name
                 kind = CodesError if isinstance(error.cause, CodesError) else RunFailed  # it would come again
@@ -175,7 +186,7 @@ class _Range:
     def _require_whole(self, task: _Running) -> None:
         """An input shard that ends has given every sample that was planned, up to the span where it was to stop."""
         shard = self.shards[task.unit]
-        planned = min(shard.num_samples, SPAN_SAMPLES * self.limits.get(task.unit, shard.num_samples))
+        planned = min(shard.num_samples, SPAN_SAMPLES * self._stop_span(task.unit))
         found = self.seen.pop(task.unit, 0) + SPAN_SAMPLES * self._first_span(task.unit)
         if found != planned:
             raise RunFailed(
@@ -183,14 +194,15 @@ class _Range:
             )
 
     def _bury(self, task: _Running, error: Exception) -> None:
-        """An actor died: its input shard goes to a new one, from the first span that did not arrive."""
+        """An actor died, by itself or by its deadlines: its input shard goes to a new one, carefully from the first span that did not arrive."""
         self.deaths[task.unit, task.next_span] += 1
         deaths = self.deaths[task.unit, task.next_span]
         if deaths == MAX_DEATHS:
             first = task.next_span * SPAN_SAMPLES
             raise RunFailed(
                 f"input shard {self.shards[task.unit].name} (number {task.unit}) killed its worker {deaths} times, at samples "
-                f"{first}..{first + SPAN_SAMPLES - 1} of it. What was committed is safe. Take the shard out of the corpus, or mend it. ({error})"
+                f"{first}..{first + SPAN_SAMPLES - 1} of it. It is not their decoding, which was done apart: see that the tokenizer can encode them, in "
+                f"--sample-timeout for each image, and that memory suffices. What was committed is safe. ({error})"
             )
         self.again.append((task.unit, task.next_span))
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 
 from pipelines.assembly import ArrivedSpan, extend, mend
+from pipelines.careful import SAMPLE_TIMEOUT
 from pipelines.cluster import ray_cluster
 from pipelines.corpus.images import Preprocessing
 from pipelines.corpus.plan import Plan
@@ -43,6 +44,7 @@ class TokenizeOptions:
         encoding: batch size and precision.
         rows_per_shard: rows of a Zarr shard, or a few more when these divide badly; None for the store's own rule.
         codec: how chunks are compressed; None for the smallest on the first Zarr shard.
+        sample_timeout: seconds that decoding an image may take.
         workers: encoder actors; never shapes the result.
         device: `cpu` or `cuda`.
     """
@@ -52,6 +54,7 @@ class TokenizeOptions:
     encoding: Encoding = field(default_factory=Encoding)
     rows_per_shard: int | None = None
     codec: str | None = None
+    sample_timeout: int = SAMPLE_TIMEOUT
     workers: int = 1
     device: str = "cpu"
 
@@ -101,6 +104,7 @@ def store_spec(plan: Plan, model: ImageTokenizer, options: TokenizeOptions) -> S
             **store_record(model),
             "computed_on": describe_device(options.device),
             **asdict(options.encoding),
+            "sample_timeout_seconds": options.sample_timeout,
         },
         preprocessing=_preprocessing(model, options).to_dict(),
         corpus={
@@ -226,7 +230,8 @@ def _run(
     from pipelines.remote import EncoderActor, RayHands
 
     gpus = 1 if options.device.startswith("cuda") else 0
-    arguments = (ray.put(packed(model)), _preprocessing(model, options), options.encoding, options.device)
+    preprocessing = _preprocessing(model, options)
+    arguments = (ray.put(packed(model)), preprocessing, options.encoding, options.device, options.sample_timeout)
     encoders = Encoders(
         plan.shards,
         lambda: EncoderActor.options(num_cpus=1, num_gpus=gpus).remote(*arguments),

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from pipelines.careful import SAMPLE_TIMEOUT
 from pipelines.corpus.plan import Plan
 from pipelines.encoder import Encoding
 from pipelines.foreign import ForeignTokenizer, load_tokenizer
@@ -36,7 +37,7 @@ LISTED = 10
 def tokenize(
     corpus: str, tokenizer_path: Path | None, out: str | Path, *, module: str | None, size: int | None, workers: int | None, batch_size: int, shard_rows: int | None,
     codec: Codec, precision: Precision, device: Device, dry_run: bool, limit: int | None = None,
-    retry_quarantined: bool = False, images: ImageFlags = ImageFlags(),
+    retry_quarantined: bool = False, images: ImageFlags = ImageFlags(), sample_timeout: int = SAMPLE_TIMEOUT,
 ) -> Result:  # fmt: skip
     """Runs the command; see `vqmill tokenize --help`."""
     for flag, value in (
@@ -44,6 +45,7 @@ def tokenize(
         ("--batch-size", batch_size),
         ("--shard-rows", shard_rows),
         ("--limit", limit),
+        ("--sample-timeout", sample_timeout),
     ):
         if value is not None and value < 1:
             raise UsageError(f"{flag} must be at least 1, got {value}.")
@@ -60,7 +62,7 @@ def tokenize(
     chosen = choose_device(device)
     options = TokenizeOptions(
         size, trained_images(tokenizer_path, images), Encoding(batch_size, precision), shard_rows, None if codec == "auto" else codec,
-        workers or default_workers(chosen), chosen,
+        sample_timeout, workers or default_workers(chosen), chosen,
     )  # fmt: skip
     refuse_inside(out, corpus)
     place_of(out)  # an address that holds a secret is refused before it can be recorded

@@ -13,6 +13,7 @@ import priors
 import tokenizer
 import vqmill
 from pipelines.cli import app
+from pipelines.corpus.problems import Reason
 from pipelines.fit import FitConfig
 from pipelines.pictures import check_picture
 from pipelines.prior_inputs import level_shapes
@@ -53,6 +54,12 @@ def test_commands_parse() -> None:
 
 def test_the_command_reference_is_what_help_says() -> None:
     assert (ROOT / "docs" / "commands.md").read_text() == app.generate_docs(), "run: make docs"
+
+
+def test_the_readme_lists_every_reason() -> None:
+    listed = re.search(r"one of these reasons:(.*?)\.\n", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert listed
+    assert re.findall(r"`(\w+)`", listed[1]) == list(Reason)
 
 
 def test_the_configuration_page_knows_every_field() -> None:

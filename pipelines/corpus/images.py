@@ -274,6 +274,8 @@ def _bad_image(data: bytes, error: Exception) -> BadImage:
     """The reason behind what a decoder raised."""
     said = " ".join(str(error).split())[:200]
     known = name_of_format(data)
+    if isinstance(error, MemoryError):
+        return BadImage(Reason.OUT_OF_MEMORY, f"{known}: decoding it took more memory than there was for it")
     if isinstance(error, Image.DecompressionBombError):
         return BadImage(Reason.TOO_MANY_PIXELS, said)
     if known is None:

@@ -43,6 +43,12 @@ class Reason(StrEnum):
     """The tar cannot be read on from here."""
     UNREADABLE = "unreadable"
     """The file has vanished, changed since the corpus was planned, or cannot be read."""
+    CRASHED = "crashed"
+    """Decoding it kills the process that does it."""
+    TIMED_OUT = "timed_out"
+    """Decoding it takes longer than the limit."""
+    OUT_OF_MEMORY = "out_of_memory"
+    """Decoding it takes more memory than there is, or than it is given."""
 
 
 @dataclass(frozen=True, slots=True)

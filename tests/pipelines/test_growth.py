@@ -203,6 +203,8 @@ def test_a_limit_takes_the_first_samples_and_a_larger_one_appends(
     assert "300 samples, here are 170; name the whole corpus, and no smaller --limit" in capsys.readouterr().err
     assert run(*command, "--limit", 0) == 2
     assert "--limit must be at least 1, got 0" in capsys.readouterr().err
+    assert run(*command, "--sample-timeout", 0) == 2
+    assert "--sample-timeout must be at least 1, got 0" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("ray_session")

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -119,16 +120,29 @@ def actor_pids() -> list[int]:
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_a_killed_actor_costs_nothing(reference: Path, scenes: str, tokenizer_folder: Path, tmp_path: Path) -> None:
+def test_killed_actors_cost_nothing_and_no_sample_is_blamed(
+    reference: Path, scenes: str, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    """Three times: two actors that read the same samples, and then one more."""
     killed: list[int] = []
 
-    def kill_once(done: int, total: int, note: str) -> None:
-        if not killed:
-            killed.extend(actor_pids())
-            assert killed, "no actor is running"
-            os.kill(killed[0], signal.SIGKILL)
+    def kill_next() -> None:
+        deadline = time.monotonic() + 60
+        while not (new := [pid for pid in actor_pids() if pid not in killed]):
+            assert time.monotonic() < deadline, "no actor is running"
+            time.sleep(0.01)
+        os.kill(new[0], signal.SIGKILL)
+        killed.append(new[0])
 
-    make(scenes, tokenizer_folder, tmp_path / "codes.zarr", replace(OPTIONS, workers=2), kill_once)
+    def kill(done: int, total: int, note: str) -> None:
+        if not killed:
+            kill_next()
+            Thread(target=kill_next).start()
+        elif done and len(killed) == 2:
+            kill_next()
+
+    result = make(scenes, tokenizer_folder, tmp_path / "codes.zarr", progress=kill)
+    assert (len(killed), result.counts.quarantined) == (3, 0)
     assert tree(tmp_path / "codes.zarr") == tree(reference)
 
 
@@ -154,7 +168,7 @@ def test_an_input_shard_that_keeps_killing_its_actor_is_named(
 
                     return describe_device("cpu")
 
-                def encode(self, shard: Any, first_span: int, stop_span: int | None) -> Any:
+                def encode(self, shard: Any, first_span: int, stop_span: int, careful: bool) -> Any:
                     os._exit(9)
                     yield
 
@@ -176,11 +190,11 @@ def test_an_input_shard_that_ends_early_stops_the_job(scenes: str) -> None:
     stretch = _Range(shards, [], lambda: None, 4, Cursor(), 3, {}, lambda facts: None)
     stretch.seen[2] = 100
     with pytest.raises(RunFailed, match="gave 100 samples, 101 were planned"):
-        stretch._require_whole(_Running(2, None, 1))
+        stretch._require_whole(_Running(2, None, 1, 1))
     shards = (replace(plan.shards[0], num_samples=600),)
     stretch = _Range(shards, [], lambda: None, 4, Cursor(0, 1), 1, {0: 2}, lambda facts: None)
     stretch.seen[0] = 256
-    stretch._require_whole(_Running(0, None, 2))
+    stretch._require_whole(_Running(0, None, 2, 2))
 
 
 def test_an_input_shard_is_encoded_from_one_span_to_another(
