@@ -15,9 +15,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict
-from itertools import islice
 from typing import IO, Any
 
 import numpy as np
@@ -33,6 +31,7 @@ from pipelines.errors import RunFailed
 SAMPLE_TIMEOUT = 60  # seconds; decoding takes a thousandth of it
 TRIES = 3  # a kill from outside, as for want of memory, looks like a death of the file's making; three in a row alone do not
 TOGETHER = 16  # files that one process decodes: forking takes longer than decoding small images
+TOGETHER_BYTES = 16 << 20  # or more of one file; of large ones a few would take much memory, and forking little time
 MEMORY_FACTOR = 4  # what decoding may take of what it is reckoned to: only a decoder out of its mind meets the limit
 _DEADLY = (Reason.CRASHED, Reason.TIMED_OUT, Reason.OUT_OF_MEMORY)
 
@@ -67,10 +66,18 @@ class CarefulDecoder:
         Raises:
             RunFailed: the helper does not live.
         """
-        while group := list(islice(samples, TOGETHER)):
-            decoded = iter(self._decode([sample.image for sample in group if isinstance(sample.image, bytes)]))
-            for sample in group:
-                yield sample, next(decoded) if isinstance(sample.image, bytes) else self._without_decoder(sample)
+        group: list[RawSample] = []
+        for sample in samples:
+            group.append(sample)
+            if len(group) == TOGETHER or _num_bytes(group) >= TOGETHER_BYTES:
+                yield from self._outcomes_of(group)
+                group = []
+        yield from self._outcomes_of(group)
+
+    def _outcomes_of(self, group: Sequence[RawSample]) -> Iterator[tuple[RawSample, Decoded | BadImage]]:
+        decoded = iter(self._decode([sample.image for sample in group if isinstance(sample.image, bytes)]))
+        for sample in group:
+            yield sample, next(decoded) if isinstance(sample.image, bytes) else self._without_decoder(sample)
 
     def _without_decoder(self, sample: RawSample) -> Decoded | BadImage:
         try:
@@ -115,10 +122,8 @@ class CarefulDecoder:
     def _start(self) -> subprocess.Popen[bytes]:
         settings = json.dumps({"preprocessing": asdict(self._preprocessing), "timeout": self._timeout})
         path = os.pathsep.join(filter(None, sys.path))  # Ray tells its workers alone where the driver's modules are
-        one_thread = {
-            "OMP_NUM_THREADS": "1",
-            "OPENBLAS_NUM_THREADS": "1",
-        }  # a process with several cannot be forked safely
+        # Forking is safe in a process of one thread.
+        one_thread = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         return subprocess.Popen(
             [sys.executable, "-P", "-m", "pipelines.careful", settings],
             stdin=subprocess.PIPE,
@@ -128,8 +133,11 @@ class CarefulDecoder:
 
     def _stop(self) -> None:
         self._helper.kill()
-        with suppress(BrokenPipeError):  # of what was not sent yet
-            self._helper.communicate()
+        self._helper.communicate()
+
+
+def _num_bytes(samples: Sequence[RawSample]) -> int:
+    return sum(len(sample.image) for sample in samples if isinstance(sample.image, bytes))
 
 
 def _is_deadly(outcome: Decoded | BadImage) -> bool:

@@ -20,7 +20,7 @@ from PIL import Image
 
 import tokenizer
 import vqmill
-from pipelines import encoder
+from pipelines import careful, encoder
 from pipelines.careful import CarefulDecoder
 from pipelines.corpus.decoding import decode_sample
 from pipelines.corpus.images import Decoded, Preprocessing
@@ -108,6 +108,23 @@ def test_three_deaths_alone_are_a_verdict_and_fewer_are_not(tmp_path: Path) -> N
     assert [isinstance(poisoned, Decoded) for poisoned, _ in found] == [True, True, False]
     assert all(isinstance(neighbour, Decoded) for _, neighbour in found)
     assert [(tmp_path / times).stat().st_size for times in "134"] == [2, 4, 4]
+
+
+def test_files_share_a_process_while_they_are_few_and_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(careful, "TOGETHER_BYTES", 2500)
+    small, large, picture = (
+        samples([png(0)])[0],
+        samples([png(0).ljust(2500)])[0],
+        samples([np.zeros((9, 9), np.uint8)])[0],
+    )
+    given = [*[small] * 5, large, large, *[picture] * 20, small]
+    assert [len(sample.image) // 100 for sample in (small, large) if isinstance(sample.image, bytes)] == [8, 25]
+    asked: list[int] = []
+    with CarefulDecoder(PREPROCESSING, 30) as decoder:
+        ask = decoder._ask
+        monkeypatch.setattr(decoder, "_ask", lambda files: (asked.append(len(files)), ask(files))[1])
+        assert [said(outcome) for outcome in outcomes(decoder, given)] == [directly(sample) for sample in given]
+    assert asked == [3, 3, 1, 1]
 
 
 def test_a_helper_that_is_killed_is_no_samples_fault(monkeypatch: pytest.MonkeyPatch) -> None:
