@@ -129,7 +129,7 @@ def tokenize(
             work now become rows behind the others. Nothing else is appended: that takes the same command without this.
         sample_timeout: seconds that decoding one image may take; images that take longer, each time they are tried alone, are quarantined as
             timed_out. Recorded in the store.
-        dry_run: say what would be done and how large it would be, and stop.
+        dry_run: say what would be done, and from some samples that are encoded here how long it would take and how large it would be; write nothing.
     """
     from pipelines.tokenize_command import tokenize as job
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -39,10 +40,14 @@ class EncoderActor:
         self, shard: InputShard, first_span: int, stop_span: int, *, careful: bool
     ) -> Iterator[Span | SpanFacts]:
         """Streams each span, then its facts: facts that arrive say that the span is safely stored."""
-        spans = self._encoder.careful_spans if careful else self._encoder.spans
-        for span in spans(shard, first_span, stop_span):
+        encode = self._encoder.careful_spans if careful else self._encoder.spans
+        spans = encode(shard, first_span, stop_span)
+        begun = time.monotonic()
+        while span := next(spans, None):
+            seconds = time.monotonic() - begun
             yield span
-            yield SpanFacts(span.index, span.samples.num_rows, span.counts)
+            yield SpanFacts(span.index, span.samples.num_rows, span.counts, span.reasons, seconds)
+            begun = time.monotonic()
 
 
 @ray.remote(num_cpus=0)

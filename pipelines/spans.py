@@ -11,6 +11,7 @@ from pipelines.assembly import ArrivedSpan, SpanFacts
 from pipelines.corpus.plan import InputShard
 from pipelines.encoder import SPAN_SAMPLES
 from pipelines.errors import RunFailed
+from pipelines.watch import Watch
 from vqmill.commits import Cursor
 from vqmill.errors import CodesError
 
@@ -36,16 +37,15 @@ class Encoders:
         """
         self._shards, self._start_actor, self._workers, self._computed_on = shards, start_actor, workers, computed_on
         self._actors: list[Any] = []
+        self._numbers: dict[Any, int] = {}
 
-    def between(
-        self, start: Cursor, stop: Cursor, arrived: Callable[[SpanFacts], None] = lambda facts: None
-    ) -> Iterator[ArrivedSpan]:
+    def between(self, start: Cursor, stop: Cursor, watch: Watch) -> Iterator[ArrivedSpan]:
         """Encodes from one cursor to another; of a span in which `stop` lies, all.
 
         Args:
             start: the first span wanted.
             stop: the first one not wanted, unless it has rows before `stop`.
-            arrived: called with each span as it arrives, in any order.
+            watch: is told what the actors do.
 
         Raises:
             RunFailed: an input shard keeps killing its worker, a worker failed otherwise, or machines are of different kinds.
@@ -54,10 +54,11 @@ class Encoders:
         units = stop.input_shard + bool(stop_span)
         if start.input_shard < units:
             self._staff(min(self._workers, units - start.input_shard))
+            watch.hired(len(self._actors))
             limits = {stop.input_shard: stop_span} if stop_span else {}
             window = WINDOW * self._workers
             yield from _Range(
-                self._shards, self._actors, self._start_actor, window, start, units, limits, arrived
+                self._shards, self._actors, self._numbers, self._start_actor, window, start, units, limits, watch
             ).run()
 
     def _staff(self, wanted: int) -> None:
@@ -73,6 +74,7 @@ class Encoders:
             raise RunFailed(
                 f"the machines differ ({'; '.join(sorted(kinds))}), and so might their codes. Run on machines of one kind."
             )
+        self._numbers |= {actor: number for number, actor in enumerate(new, len(self._actors))}
         self._actors += new
 
 
@@ -93,22 +95,24 @@ class _Range:
     Attributes:
         shards: the plan's input shards.
         idle: actors without work; all of them again at the end.
+        numbers: of actors; who takes a dead one's place takes its number.
         start_actor: replaces one that died.
         window: input shards in flight.
         start: the first span.
         units: the first input shard not wanted.
         limits: the first span not wanted, of an input shard that is not encoded to its end.
-        report: see `Encoders.between`.
+        watch: see `Encoders.between`.
     """
 
     shards: Sequence[InputShard]
     idle: list[Any]
+    numbers: dict[Any, int]
     start_actor: Callable[[], Any]
     window: int
     start: Cursor
     units: int
     limits: dict[int, int]
-    report: Callable[[SpanFacts], None]
+    watch: Watch
     running: dict[Any, _Running] = field(default_factory=dict[Any, _Running])
     arrived: dict[int, deque[ArrivedSpan]] = field(default_factory=dict[int, deque[ArrivedSpan]])
     ended: set[int] = field(default_factory=set[int])
@@ -147,6 +151,7 @@ class _Range:
             encode = actor.encode.options(num_returns="streaming", _generator_backpressure_num_objects=16)
             stream = encode.remote(self.shards[unit], span, stop, careful=careful)
             self.running[stream] = _Running(unit, actor, span, stop)
+            self.watch.began(self.numbers[actor], unit, span)
 
     def _receive(self) -> None:
         """Waits for a span, or for the end of an input shard."""
@@ -163,9 +168,11 @@ class _Range:
                 self.idle.append(task.actor)
                 if task.next_span == task.stop_span < self._stop_span(task.unit):  # what was to be done carefully is
                     self.again.append((task.unit, task.next_span))
+                    self.watch.left(self.numbers[task.actor])
                 else:
                     self._require_whole(task)
                     self.ended.add(task.unit)
+                    self.watch.ended(self.numbers[task.actor], task.unit)
             except RayTaskError as error:
                 name = self.shards[task.unit].name
                 kind = CodesError if isinstance(error.cause, CodesError) else RunFailed  # it would come again
@@ -173,12 +180,13 @@ class _Range:
             except RayError as error:
                 del self.running[stream]
                 self._bury(task, error)
-                self.idle.append(self.start_actor())
+                self.idle.append(actor := self.start_actor())
+                self.numbers[actor] = self.numbers.pop(task.actor)
             else:
                 task.next_span = facts.index + 1
                 self.seen[task.unit] += facts.counts.seen
                 self.arrived.setdefault(task.unit, deque()).append(ArrivedSpan(task.unit, facts, span))
-                self.report(facts)
+                self.watch.arrived(self.numbers[task.actor], task.unit, facts)
 
     def _has_room(self, unit: int) -> bool:
         return unit == self.current or len(self.arrived.get(unit, ())) < MAX_WAITING_SPANS
@@ -195,6 +203,7 @@ class _Range:
 
     def _bury(self, task: _Running, error: Exception) -> None:
         """An actor died, by itself or by its deadlines: its input shard goes to a new one, carefully from the first span that did not arrive."""
+        self.watch.died(self.numbers[task.actor], task.unit)
         self.deaths[task.unit, task.next_span] += 1
         deaths = self.deaths[task.unit, task.next_span]
         if deaths == MAX_DEATHS:
