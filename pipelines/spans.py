@@ -11,11 +11,13 @@ from pipelines.assembly import ArrivedSpan, SpanFacts
 from pipelines.corpus.plan import InputShard
 from pipelines.encoder import SPAN_SAMPLES
 from pipelines.errors import RunFailed
+from pipelines.fleet import Fleet
 from vqmill.commits import Cursor
 from vqmill.errors import CodesError
 
 WINDOW = 4  # input shards in flight for each actor: bounds what waits for its turn
 MAX_WAITING_SPANS = 64  # of an input shard whose turn has not come; beyond, its actor is left to wait
+WAITING_SECONDS = 10.0  # without anything new, until that is told
 MAX_DEATHS = 3  # a span that killed its actor so often stops the job
 
 
@@ -23,17 +25,17 @@ class Encoders:
     """Actors that encode, started when there is work for them."""
 
     def __init__(
-        self, shards: Sequence[InputShard], start_actor: Callable[[], Any], workers: int, computed_on: str
+        self, shards: Sequence[InputShard], fleet: Fleet, workers: int, waiting: Callable[[int], None]
     ) -> None:
         """Takes note; starts nothing.
 
         Args:
             shards: the plan's.
-            start_actor: gives a new `remote.EncoderActor`.
+            fleet: starts actors.
             workers: how many to start at most.
-            computed_on: the kind of device that must encode, as `encoder.describe_device` names it.
+            waiting: called when nothing has come for a while, with the number of workers that have not started.
         """
-        self._shards, self._start_actor, self._workers, self._computed_on = shards, start_actor, workers, computed_on
+        self._shards, self._fleet, self._workers, self._waiting = shards, fleet, workers, waiting
         self._actors: list[Any] = []
 
     def between(
@@ -47,7 +49,7 @@ class Encoders:
             arrived: called with each span as it arrives, in any order.
 
         Raises:
-            RunFailed: an input shard keeps killing its worker, a worker failed otherwise, or machines are of different kinds.
+            RunFailed: an input shard keeps killing its worker, a worker failed otherwise or did not start, or machines differ.
         """
         stop_span = stop.span + bool(stop.row)
         units = stop.input_shard + bool(stop_span)
@@ -56,23 +58,11 @@ class Encoders:
             limits = {stop.input_shard: stop_span} if stop_span else {}
             window = WINDOW * self._workers
             yield from _Range(
-                self._shards, self._actors, self._start_actor, window, start, units, limits, arrived
+                self._shards, self._actors, self._fleet, window, start, units, limits, arrived, self._waiting
             ).run()
 
     def _staff(self, wanted: int) -> None:
-        import ray
-        from ray.exceptions import RayError
-
-        new = [self._start_actor() for _ in range(wanted - len(self._actors))]
-        try:
-            kinds = {self._computed_on, *ray.get([actor.describe.remote() for actor in new])}
-        except RayError as error:
-            raise RunFailed(f"an encoder worker did not start: {str(error).strip().splitlines()[-1]}") from error
-        if len(kinds) > 1:
-            raise RunFailed(
-                f"the machines differ ({'; '.join(sorted(kinds))}), and so might their codes. Run on machines of one kind."
-            )
-        self._actors += new
+        self._fleet.start(wanted - len(self._actors) - len(self._fleet.starting))
 
 
 @dataclass
@@ -91,22 +81,24 @@ class _Range:
     Attributes:
         shards: the plan's input shards.
         idle: actors without work; all of them again at the end.
-        start_actor: replaces one that died.
+        fleet: brings actors that have started, and replaces one that died.
         window: input shards in flight.
         start: the first span.
         units: the first input shard not wanted.
         limits: the first span not wanted, of an input shard that is not encoded to its end.
         report: see `Encoders.between`.
+        waiting: see `Encoders`.
     """
 
     shards: Sequence[InputShard]
     idle: list[Any]
-    start_actor: Callable[[], Any]
+    fleet: Fleet
     window: int
     start: Cursor
     units: int
     limits: dict[int, int]
     report: Callable[[SpanFacts], None]
+    waiting: Callable[[int], None] = lambda starting: None
     running: dict[Any, _Running] = field(default_factory=dict[Any, _Running])
     arrived: dict[int, deque[ArrivedSpan]] = field(default_factory=dict[int, deque[ArrivedSpan]])
     ended: set[int] = field(default_factory=set[int])
@@ -141,12 +133,18 @@ class _Range:
             self.running[stream] = _Running(unit, actor, span)
 
     def _receive(self) -> None:
-        """Waits for a span, or for the end of an input shard."""
+        """Waits for a span, for the end of an input shard, or for an actor that has started."""
         import ray
         from ray.exceptions import RayError, RayTaskError
 
         wanted = [stream for stream, task in self.running.items() if self._has_room(task.unit)]
-        for stream in ray.wait(wanted, fetch_local=False)[0]:
+        ready = ray.wait([*self.fleet.starting, *wanted], timeout=WAITING_SECONDS, fetch_local=False)[0]
+        if not ready:
+            self.waiting(len(self.fleet.starting))
+        for stream in ready:
+            if stream in self.fleet.starting:
+                self.idle += self.fleet.welcome(stream)
+                continue
             task = self.running[stream]
             try:
                 facts, span = _next_span(stream)
@@ -162,7 +160,7 @@ class _Range:
             except RayError as error:
                 del self.running[stream]
                 self._bury(task, error)
-                self.idle.append(self.start_actor())
+                self.fleet.start()
             else:
                 task.next_span = facts.index + 1
                 self.seen[task.unit] += facts.counts.seen

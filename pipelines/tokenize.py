@@ -12,14 +12,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 
 from pipelines.assembly import ArrivedSpan, extend, mend
-from pipelines.cluster import ray_cluster
+from pipelines.cluster import WORKER_ENVIRONMENT, Crew, ray_crew
 from pipelines.corpus.images import Preprocessing
 from pipelines.corpus.plan import Plan
 from pipelines.encoder import Encoding, describe_device
 from pipelines.errors import RunFailed
+from pipelines.fleet import Fleet, Kinds
 from pipelines.foreign import packed, store_record
 from pipelines.growth import Job, grows, planned_job
-from pipelines.options import ImageFlags
+from pipelines.options import ClusterFlags, ImageFlags
 from pipelines.outputs import require_room
 from pipelines.spans import Encoders
 from tokenizer.protocol import ImageTokenizer, level_specs
@@ -43,8 +44,9 @@ class TokenizeOptions:
         encoding: batch size and precision.
         rows_per_shard: rows of a Zarr shard, or a few more when these divide badly; None for the store's own rule.
         codec: how chunks are compressed; None for the smallest on the first Zarr shard.
-        workers: encoder actors; never shapes the result.
-        device: `cpu` or `cuda`.
+        workers: encoder actors; never shapes the result. None for as many as a cluster that is joined has room for.
+        device: `cpu` or `cuda`; of a cluster that is joined also `auto`.
+        cluster: where they run; but for `allow_mixed`, never shapes the result.
     """
 
     size: int
@@ -52,8 +54,9 @@ class TokenizeOptions:
     encoding: Encoding = field(default_factory=Encoding)
     rows_per_shard: int | None = None
     codec: str | None = None
-    workers: int = 1
+    workers: int | None = 1
     device: str = "cpu"
+    cluster: ClusterFlags = field(default_factory=ClusterFlags)
 
 
 @dataclass(frozen=True)
@@ -89,8 +92,10 @@ class TokenizeResult:
     waiting: int = 0
 
 
-def store_spec(plan: Plan, model: ImageTokenizer, options: TokenizeOptions) -> StoreSpec:
-    """The specification of the store that a job would make."""
+def store_spec(
+    plan: Plan, model: ImageTokenizer, options: TokenizeOptions, found: StoreSpec | None = None
+) -> StoreSpec:
+    """The specification of the store that a job would make, where `found` is."""
     levels = level_specs(model, options.size)
     wanted = options.rows_per_shard
     rows_per_shard = usable_rows_per_shard(levels, wanted) if wanted else default_rows_per_shard(levels)
@@ -99,7 +104,7 @@ def store_spec(plan: Plan, model: ImageTokenizer, options: TokenizeOptions) -> S
         rows_per_shard=rows_per_shard,
         tokenizer={
             **store_record(model),
-            "computed_on": describe_device(options.device),
+            "computed_on": _computed_on(options, found),
             **asdict(options.encoding),
         },
         preprocessing=_preprocessing(model, options).to_dict(),
@@ -114,6 +119,14 @@ def store_spec(plan: Plan, model: ImageTokenizer, options: TokenizeOptions) -> S
     )
 
 
+def _computed_on(options: TokenizeOptions, found: StoreSpec | None) -> str:
+    """What the store says of machines before the workers do, which are held against it: see `fleet.Kinds`."""
+    recorded = str(found.tokenizer.get("computed_on", "")) if found else ""
+    if options.cluster.address or (found and (options.cluster.allow_mixed or not recorded)):
+        return recorded
+    return describe_device(options.device)
+
+
 def _preprocessing(model: ImageTokenizer, options: TokenizeOptions) -> Preprocessing:
     return options.images.preprocessing(options.size, model.channels)
 
@@ -125,6 +138,7 @@ def tokenize_corpus(
     options: TokenizeOptions,
     progress: Callable[[int, int, str], None],
     started: Callable[[], None] = lambda: None,
+    say: Callable[[str], None] = lambda text: None,
     *,
     retry: bool = False,
 ) -> TokenizeResult:
@@ -137,6 +151,7 @@ def tokenize_corpus(
         options: see there.
         progress: called with (samples done, samples in all, a note).
         started: called when there is work, before it begins.
+        say: called with which Ray is used.
         retry: instead, try again what a finished store has set aside, or go on with that; nothing is appended.
 
     Raises:
@@ -150,7 +165,7 @@ def tokenize_corpus(
     job = planned_job(plan, place, found, retry=retry)
     parts = job.parts
     if found:
-        job.require_same(place, found, store_spec(parts[-1], model, options), parts[-1])
+        job.require_same(place, found, store_spec(parts[-1], model, options, found), parts[-1])
     # A ragged Zarr shard is written anew beside the old one.
     kept = found.num_rows - found.num_rows % found.rows_per_shard if found else 0
     row_bytes = store_spec(plan, model, options).row_bytes + SAMPLE_BYTES
@@ -158,7 +173,7 @@ def tokenize_corpus(
     worked = not (found and found.complete and len(parts[-1].shards) == found.segments[-1].input_shards)
     if worked:
         started()
-    outcomes = [_carry_out(part, model, place, options, progress, job) for part in parts]
+    outcomes = [_carry_out(part, model, place, options, progress, say, job) for part in parts]
     codes = open_codes(place)
     quarantine = codes.quarantine()
     reasons = Counter(str(reason) for reason in quarantine["reason"].to_pylist())
@@ -193,11 +208,12 @@ def _carry_out(
     out: Place,
     options: TokenizeOptions,
     progress: Callable[[int, int, str], None],
+    say: Callable[[str], None],
     job: Job,
 ) -> _Outcome:
     """Brings a plan to its end, unless it is there already."""
-    spec = store_spec(plan, model, options)
     found = find_spec(out)
+    spec = store_spec(plan, model, options, found)
     with StoreWriter(out, job.require_same(out, found, spec, plan) if found else spec) as writer:
         if found and job.retries:
             writer.grow(plan.digest, len(plan.shards), plan.num_samples, found.corpus, job.retries)
@@ -206,8 +222,10 @@ def _carry_out(
         mended: list[int] = []
         if not writer.spec.complete:
             mended = writer.missing_shards()
-            with ray_cluster(options.workers, options.device):
-                _run(plan, model, writer, mended, options, progress)
+            cluster = options.cluster
+            with ray_crew(options.workers, options.device, cluster.share, cluster.address) as crew:
+                say(crew.summary)
+                _run(plan, model, writer, mended, options, progress, crew)
             if writer.counts.seen != plan.num_samples:
                 raise RunFailed(
                     f"{out.name}: {plan.num_samples:,} samples were planned, {writer.counts.seen:,} came out; the store is left unfinished."
@@ -218,34 +236,51 @@ def _carry_out(
 
 def _run(
     plan: Plan, model: ImageTokenizer, writer: StoreWriter, missing: list[int], options: TokenizeOptions,
-    progress: Callable[[int, int, str], None],
+    progress: Callable[[int, int, str], None], crew: Crew,
 ) -> None:  # fmt: skip
     """Makes again what is missing of the committed Zarr shards, then encodes what is not committed."""
-    import ray
+    from pipelines.remote import RayHands
 
-    from pipelines.remote import EncoderActor, RayHands
+    counts, starting = writer.counts, 0
 
-    gpus = 1 if options.device.startswith("cuda") else 0
-    arguments = (ray.put(packed(model)), _preprocessing(model, options), options.encoding, options.device)
-    encoders = Encoders(
-        plan.shards,
-        lambda: EncoderActor.options(num_cpus=1, num_gpus=gpus).remote(*arguments),
-        options.workers,
-        writer.spec.tokenizer["computed_on"],
-    )
-    hands, end = RayHands(), Cursor(len(plan.shards))
-    counts = writer.counts
+    def show(new: Counts | None = None) -> None:
+        nonlocal counts
+        counts = counts + new if new else counts
+        quarantined = counts.quarantined - writer.spec.retried(counts.seen)
+        notes = [f"{quarantined:,} quarantined"] if quarantined else []
+        notes += [f"{starting} of {crew.workers} workers have not started"] if starting else []
+        progress(counts.seen, plan.num_samples, ", ".join(notes))
+
+    def waiting(number: int) -> None:
+        nonlocal starting
+        starting = number
+        show()
 
     def lost(start: Cursor, stop: Cursor) -> Iterator[ArrivedSpan]:
         progress(counts.seen, plan.num_samples, "making lost Zarr shards again")
         return encoders.between(start, stop)
 
-    def show(new: Counts) -> None:
-        nonlocal counts
-        counts = counts + new
-        quarantined = counts.quarantined - writer.spec.retried(counts.seen)
-        progress(counts.seen, plan.num_samples, f"{quarantined:,} quarantined" if quarantined else "")
-
+    encoders = Encoders(plan.shards, _fleet(plan, model, writer, options, crew), crew.workers, waiting)
+    hands, end = RayHands(writer.store), Cursor(len(plan.shards))
     mend(writer, missing, lost, hands)
-    show(Counts())
+    show()
     extend(writer, encoders.between(writer.cursor, end, lambda facts: show(facts.counts)), end.input_shard, hands)
+
+
+def _fleet(plan: Plan, model: ImageTokenizer, writer: StoreWriter, options: TokenizeOptions, crew: Crew) -> Fleet:
+    """What starts encoder actors, as asked for."""
+    import ray
+
+    from pipelines.remote import EncoderActor
+
+    arguments = (
+        ray.put(packed(model)), _preprocessing(model, options), options.encoding, crew.device, options.cluster.threads,
+    )  # fmt: skip
+    actor = EncoderActor.options(
+        num_cpus=crew.resources["CPU"],
+        num_gpus=crew.resources.get("GPU", 0),
+        runtime_env={"env_vars": WORKER_ENVIRONMENT},
+    )
+    kinds = Kinds(writer.spec.tokenizer["computed_on"], writer.record_machines, mixed=options.cluster.allow_mixed)
+    first = next(iter(plan.shards), None)
+    return Fleet(lambda: actor.remote(*arguments), kinds, first.first_file if first else None)

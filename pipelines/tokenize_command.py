@@ -16,7 +16,7 @@ from pipelines.corpus.plan import Plan
 from pipelines.encoder import Encoding
 from pipelines.foreign import ForeignTokenizer, load_tokenizer
 from pipelines.growth import grows, planned_job
-from pipelines.options import Codec, Device, ImageFlags, Precision, choose_device, default_workers
+from pipelines.options import ClusterFlags, Codec, Device, ImageFlags, Precision, choose_device, default_workers
 from pipelines.outputs import disk_bytes, refuse_inside, run_record
 from pipelines.planning import planned
 from pipelines.progress import meter
@@ -36,7 +36,7 @@ LISTED = 10
 def tokenize(
     corpus: str, tokenizer_path: Path | None, out: str | Path, *, module: str | None, size: int | None, workers: int | None, batch_size: int, shard_rows: int | None,
     codec: Codec, precision: Precision, device: Device, dry_run: bool, limit: int | None = None,
-    retry_quarantined: bool = False, images: ImageFlags = ImageFlags(),
+    retry_quarantined: bool = False, images: ImageFlags = ImageFlags(), cluster: ClusterFlags = ClusterFlags(),
 ) -> Result:  # fmt: skip
     """Runs the command; see `vqmill tokenize --help`."""
     for flag, value in (
@@ -57,10 +57,14 @@ def tokenize(
             model.encode(torch.zeros(1, model.channels, size, size, dtype=torch.uint8))
     except CodesError as error:
         raise UsageError(str(error)) from error
-    chosen = choose_device(device)
+    cluster = cluster.resolved()
+    chosen = device if cluster.address else choose_device(device)  # a cluster's head need not have a GPU
+    cluster.check_device(chosen)
+    if workers is None and not cluster.address:
+        workers = default_workers(chosen, cluster.share)
     options = TokenizeOptions(
         size, trained_images(tokenizer_path, images), Encoding(batch_size, precision), shard_rows, None if codec == "auto" else codec,
-        workers or default_workers(chosen), chosen,
+        workers, chosen, cluster,
     )  # fmt: skip
     refuse_inside(out, corpus)
     place_of(out)  # an address that holds a secret is refused before it can be recorded
@@ -77,7 +81,7 @@ def tokenize(
 
     with meter("tokenizing", "samples") as show:
         # Said at the beginning, too: who finds an unfinished store looks there for the command that finishes it.
-        made = tokenize_corpus(plan, model, out, options, show, started=record, retry=retry_quarantined)
+        made = tokenize_corpus(plan, model, out, options, show, started=record, say=show.say, retry=retry_quarantined)
     if made.did_something or not run_file(out).exists():
         record(rows=made.rows, counts=asdict(made.counts), seconds=made.seconds)
     size = disk_bytes(out)
@@ -91,7 +95,7 @@ def tokenize(
         )
     if shard_rows not in (None, made.rows_per_shard):
         lines.append(f"--shard-rows {shard_rows} was raised to {made.rows_per_shard}, which divides into good chunks")
-    if options.workers > len(plan.shards):
+    if options.workers and options.workers > len(plan.shards):
         lines.append(
             f"only {len(plan.shards)} of {options.workers} workers had something to do: the corpus is {len(plan.shards)} input shards"
         )
@@ -202,12 +206,19 @@ def relative_to_store(what: Where, store: Where) -> str:
     return os.path.relpath(path, folder.path.absolute()) if isinstance(folder, Folder) else str(path)
 
 
+def _hands(options: TokenizeOptions) -> str:
+    """Who would do the work."""
+    place = f" of the Ray cluster {address}" if (address := options.cluster.address) else ""
+    number = f"{options.workers} workers" if options.workers else "as many workers as there is room for"
+    return f"{number} on {'GPUs or CPUs' if options.device == 'auto' else options.device}{place}"
+
+
 def _dry_run(plan: Plan, model: ImageTokenizer, out: str | Path, options: TokenizeOptions, *, retry: bool) -> Result:
     place = place_of(out)
     found = find_spec(place)
     job = planned_job(plan, place, found, retry=retry)
     plan = job.parts[-1]
-    spec = store_spec(plan, model, options)
+    spec = store_spec(plan, model, options, found)
     raw = plan.num_samples * spec.row_bytes
     done = more = 0
     state = "nothing is there yet"
@@ -223,7 +234,7 @@ def _dry_run(plan: Plan, model: ImageTokenizer, out: str | Path, options: Tokeni
         f"{plan.corpus}: {len(plan.shards):,} input shards, {plan.num_samples:,} samples, {plan.num_bytes / 1e6:,.1f} MB",
         f"{out}: {_grids(spec.levels)}; at most {raw / 1e6:,.1f} MB before compression, {spec.rows_per_shard:,} rows a Zarr shard",
         state,
-        f"{options.workers} workers on {options.device}; nothing was written",
+        f"{_hands(options)}; nothing was written",
     ]
     return Result(
         lines,

@@ -22,8 +22,9 @@ import vqmill
 from pipelines import encoder
 from pipelines.corpus.images import Preprocessing
 from pipelines.corpus.plan import plan_corpus
-from pipelines.encoder import Encoding
+from pipelines.encoder import Encoding, describe_device
 from pipelines.errors import RunFailed
+from pipelines.fleet import Fleet, Kinds, Machine
 from pipelines.foreign import packed
 from pipelines.tokenize import TokenizeOptions, TokenizeResult, tokenize_corpus
 from pipelines.tokenize_command import next_command
@@ -149,10 +150,8 @@ def test_an_input_shard_that_keeps_killing_its_actor_is_named(
                 def __init__(self, *arguments: Any) -> None:
                     pass
 
-                def describe(self) -> str:
-                    from pipelines.encoder import describe_device
-
-                    return describe_device("cpu")
+                def describe(self, corpus: Path) -> Machine:
+                    return Machine("here", describe_device("cpu"), corpus.exists())
 
                 def encode(self, shard: Any, first_span: int, stop_span: int | None) -> Any:
                     os._exit(9)
@@ -171,14 +170,14 @@ def test_an_input_shard_that_keeps_killing_its_actor_is_named(
 def test_an_input_shard_that_ends_early_stops_the_job(scenes: str) -> None:
     from pipelines.spans import _Range, _Running
 
-    plan = plan_corpus(scenes)
+    plan, fleet = plan_corpus(scenes), Fleet(lambda: None, Kinds("cpu", print))
     shards = (*plan.shards[:2], replace(plan.shards[2], num_samples=101))
-    stretch = _Range(shards, [], lambda: None, 4, Cursor(), 3, {}, lambda facts: None)
+    stretch = _Range(shards, [], fleet, 4, Cursor(), 3, {}, lambda facts: None)
     stretch.seen[2] = 100
     with pytest.raises(RunFailed, match="gave 100 samples, 101 were planned"):
         stretch._require_whole(_Running(2, None, 1))
     shards = (replace(plan.shards[0], num_samples=600),)
-    stretch = _Range(shards, [], lambda: None, 4, Cursor(0, 1), 1, {0: 2}, lambda facts: None)
+    stretch = _Range(shards, [], fleet, 4, Cursor(0, 1), 1, {0: 2}, lambda facts: None)
     stretch.seen[0] = 256
     stretch._require_whole(_Running(0, None, 2))
 
