@@ -102,8 +102,8 @@ def evaluate(
 @app.command
 def tokenize(
     corpus: str, /, *, tokenizer: Path | None = None, tokenizer_module: str | None = None, out: str, size: int | None = None, workers: int | None = None, batch_size: int = 32,
-    shard_rows: int | None = None, codec: Codec = "auto", precision: Precision = "fp32", device: Device = "auto", limit: int | None = None,
-    retry_quarantined: Annotated[bool, Parameter(negative="")] = False, images: ImageFlags = ImageFlags(), cluster: ClusterFlags = ClusterFlags(),
+    shard_rows: int | None = None, codec: Codec = "auto", precision: Precision = "fp32", compiled: Annotated[bool, Parameter(name="--compile", negative="")] = False,
+    device: Device = "auto", limit: int | None = None, retry_quarantined: Annotated[bool, Parameter(negative="")] = False, images: ImageFlags = ImageFlags(), cluster: ClusterFlags = ClusterFlags(),
     dry_run: Annotated[bool, Parameter(negative="")] = False, common: Common = Common(),
 ) -> int:  # fmt: skip
     """Send a corpus through a tokenizer into a code store.
@@ -124,6 +124,8 @@ def tokenize(
         shard_rows: rows of a Zarr shard, the unit of commit; 4,096 at most if not given. Raised a little when it divides badly.
         codec: how chunks are compressed; auto takes the smallest on the first Zarr shard.
         precision: bf16 is faster on GPUs and changes some codes; recorded in the store.
+        compiled: torch.compile makes the tokenizer's networks: each worker takes seconds to minutes longer to start, and whether it
+            is faster then depends on networks and machine. May change some codes; recorded in the store. On CPUs it takes a C++ compiler.
         device: auto takes GPUs if there are any.
         limit: take the first so many samples of the corpus only. A larger limit later, or none, appends the next ones.
         retry_quarantined: try again the samples that a finished store has set aside, for example when their files were restored. Those that
@@ -134,7 +136,7 @@ def tokenize(
 
     return run(common, lambda: job(
         corpus, tokenizer, out, module=tokenizer_module, size=size, workers=workers, batch_size=batch_size, shard_rows=shard_rows, codec=codec,
-        precision=precision, device=device, dry_run=dry_run, limit=limit, retry_quarantined=retry_quarantined, images=images, cluster=cluster,
+        precision=precision, compiled=compiled, device=device, dry_run=dry_run, limit=limit, retry_quarantined=retry_quarantined, images=images, cluster=cluster,
     ))  # fmt: skip
 
 

@@ -24,16 +24,14 @@ MAX_DEATHS = 3  # a span that killed its actor so often stops the job
 class Encoders:
     """Actors that encode, started when there is work for them."""
 
-    def __init__(
-        self, shards: Sequence[InputShard], fleet: Fleet, workers: int, waiting: Callable[[int], None]
-    ) -> None:
+    def __init__(self, shards: Sequence[InputShard], fleet: Fleet, workers: int, waiting: Callable[[], None]) -> None:
         """Takes note; starts nothing.
 
         Args:
             shards: the plan's.
             fleet: starts actors.
             workers: how many to start at most.
-            waiting: called when nothing has come for a while, with the number of workers that have not started.
+            waiting: called when nothing has come for a while.
         """
         self._shards, self._fleet, self._workers, self._waiting = shards, fleet, workers, waiting
         self._actors: list[Any] = []
@@ -98,7 +96,7 @@ class _Range:
     units: int
     limits: dict[int, int]
     report: Callable[[SpanFacts], None]
-    waiting: Callable[[int], None] = lambda starting: None
+    waiting: Callable[[], None] = lambda: None
     running: dict[Any, _Running] = field(default_factory=dict[Any, _Running])
     arrived: dict[int, deque[ArrivedSpan]] = field(default_factory=dict[int, deque[ArrivedSpan]])
     ended: set[int] = field(default_factory=set[int])
@@ -140,7 +138,7 @@ class _Range:
         wanted = [stream for stream, task in self.running.items() if self._has_room(task.unit)]
         ready = ray.wait([*self.fleet.starting, *wanted], timeout=WAITING_SECONDS, fetch_local=False)[0]
         if not ready:
-            self.waiting(len(self.fleet.starting))
+            self.waiting()
         for stream in ready:
             if stream in self.fleet.starting:
                 self.idle += self.fleet.welcome(stream)

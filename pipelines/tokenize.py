@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 from pipelines.assembly import ArrivedSpan, extend, mend
 from pipelines.cluster import WORKER_ENVIRONMENT, Crew, ray_crew
@@ -41,7 +41,7 @@ class TokenizeOptions:
     Attributes:
         size: side of the square that images are made into, pixels.
         images: how they are.
-        encoding: batch size and precision.
+        encoding: batch size, precision, and whether networks are compiled.
         rows_per_shard: rows of a Zarr shard, or a few more when these divide badly; None for the store's own rule.
         codec: how chunks are compressed; None for the smallest on the first Zarr shard.
         workers: encoder actors; never shapes the result. None for as many as a cluster that is joined has room for.
@@ -105,7 +105,7 @@ def store_spec(
         tokenizer={
             **store_record(model),
             "computed_on": _computed_on(options, found),
-            **asdict(options.encoding),
+            **options.encoding.to_dict(),
         },
         preprocessing=_preprocessing(model, options).to_dict(),
         corpus={
@@ -241,26 +241,22 @@ def _run(
     """Makes again what is missing of the committed Zarr shards, then encodes what is not committed."""
     from pipelines.remote import RayHands
 
-    counts, starting = writer.counts, 0
+    counts, fleet = writer.counts, _fleet(plan, model, writer, options, crew)
 
     def show(new: Counts | None = None) -> None:
         nonlocal counts
         counts = counts + new if new else counts
         quarantined = counts.quarantined - writer.spec.retried(counts.seen)
         notes = [f"{quarantined:,} quarantined"] if quarantined else []
+        starting = len(fleet.starting)
         notes += [f"{starting} of {crew.workers} workers have not started"] if starting else []
         progress(counts.seen, plan.num_samples, ", ".join(notes))
-
-    def waiting(number: int) -> None:
-        nonlocal starting
-        starting = number
-        show()
 
     def lost(start: Cursor, stop: Cursor) -> Iterator[ArrivedSpan]:
         progress(counts.seen, plan.num_samples, "making lost Zarr shards again")
         return encoders.between(start, stop)
 
-    encoders = Encoders(plan.shards, _fleet(plan, model, writer, options, crew), crew.workers, waiting)
+    encoders = Encoders(plan.shards, fleet, crew.workers, show)
     hands, end = RayHands(writer.store), Cursor(len(plan.shards))
     mend(writer, missing, lost, hands)
     show()

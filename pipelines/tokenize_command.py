@@ -35,7 +35,7 @@ LISTED = 10
 
 def tokenize(
     corpus: str, tokenizer_path: Path | None, out: str | Path, *, module: str | None, size: int | None, workers: int | None, batch_size: int, shard_rows: int | None,
-    codec: Codec, precision: Precision, device: Device, dry_run: bool, limit: int | None = None,
+    codec: Codec, precision: Precision, device: Device, dry_run: bool, limit: int | None = None, compiled: bool = False,
     retry_quarantined: bool = False, images: ImageFlags = ImageFlags(), cluster: ClusterFlags = ClusterFlags(),
 ) -> Result:  # fmt: skip
     """Runs the command; see `vqmill tokenize --help`."""
@@ -49,6 +49,8 @@ def tokenize(
             raise UsageError(f"{flag} must be at least 1, got {value}.")
     if shard_rows is not None and shard_rows > MOST_ROWS_PER_SHARD:
         raise UsageError(f"--shard-rows must be at most {MOST_ROWS_PER_SHARD:,}, got {shard_rows:,}.")
+    if compiled and module:
+        raise UsageError("--compile: your own code does that itself: give your factory's networks to torch.compile.")
     try:
         model = load_tokenizer(tokenizer_path, module)
         size = size if size is not None else model.size
@@ -63,7 +65,7 @@ def tokenize(
     if workers is None and not cluster.address:
         workers = default_workers(chosen, cluster.share)
     options = TokenizeOptions(
-        size, trained_images(tokenizer_path, images), Encoding(batch_size, precision), shard_rows, None if codec == "auto" else codec,
+        size, trained_images(tokenizer_path, images), Encoding(batch_size, precision, compiled), shard_rows, None if codec == "auto" else codec,
         workers, chosen, cluster,
     )  # fmt: skip
     refuse_inside(out, corpus)
