@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 from pipelines.assembly import ArrivedSpan, SpanFacts
@@ -12,6 +13,7 @@ from pipelines.corpus.plan import InputShard
 from pipelines.encoder import SPAN_SAMPLES
 from pipelines.errors import RunFailed
 from pipelines.fleet import Fleet
+from pipelines.watch import Watch
 from vqmill.commits import Cursor
 from vqmill.errors import CodesError
 
@@ -24,27 +26,25 @@ MAX_DEATHS = 3  # a span that killed its actor so often stops the job
 class Encoders:
     """Actors that encode, started when there is work for them."""
 
-    def __init__(self, shards: Sequence[InputShard], fleet: Fleet, workers: int, waiting: Callable[[], None]) -> None:
+    def __init__(self, shards: Sequence[InputShard], fleet: Fleet, workers: int) -> None:
         """Takes note; starts nothing.
 
         Args:
             shards: the plan's.
             fleet: starts actors.
             workers: how many to start at most.
-            waiting: called when nothing has come for a while.
         """
-        self._shards, self._fleet, self._workers, self._waiting = shards, fleet, workers, waiting
+        self._shards, self._fleet, self._workers = shards, fleet, workers
         self._actors: list[Any] = []
+        self._numbers: dict[Any, int] = {}
 
-    def between(
-        self, start: Cursor, stop: Cursor, arrived: Callable[[SpanFacts], None] = lambda facts: None
-    ) -> Iterator[ArrivedSpan]:
+    def between(self, start: Cursor, stop: Cursor, watch: Watch) -> Iterator[ArrivedSpan]:
         """Encodes from one cursor to another; of a span in which `stop` lies, all.
 
         Args:
             start: the first span wanted.
             stop: the first one not wanted, unless it has rows before `stop`.
-            arrived: called with each span as it arrives, in any order.
+            watch: is told what the actors do.
 
         Raises:
             RunFailed: an input shard keeps killing its worker, a worker failed otherwise or did not start, or machines differ.
@@ -53,10 +53,11 @@ class Encoders:
         units = stop.input_shard + bool(stop_span)
         if start.input_shard < units:
             self._staff(min(self._workers, units - start.input_shard))
+            watch.hired(1 + max(self._numbers.values(), default=-1))
             limits = {stop.input_shard: stop_span} if stop_span else {}
             window = WINDOW * self._workers
             yield from _Range(
-                self._shards, self._actors, self._fleet, window, start, units, limits, arrived, self._waiting
+                self._shards, self._actors, self._numbers, self._fleet, window, start, units, limits, watch
             ).run()
 
     def _staff(self, wanted: int) -> None:
@@ -79,24 +80,24 @@ class _Range:
     Attributes:
         shards: the plan's input shards.
         idle: actors without work; all of them again at the end.
+        numbers: of actors; who takes a dead one's place takes its number.
         fleet: brings actors that have started, and replaces one that died.
         window: input shards in flight.
         start: the first span.
         units: the first input shard not wanted.
         limits: the first span not wanted, of an input shard that is not encoded to its end.
-        report: see `Encoders.between`.
-        waiting: see `Encoders`.
+        watch: see `Encoders.between`.
     """
 
     shards: Sequence[InputShard]
     idle: list[Any]
+    numbers: dict[Any, int]
     fleet: Fleet
     window: int
     start: Cursor
     units: int
     limits: dict[int, int]
-    report: Callable[[SpanFacts], None]
-    waiting: Callable[[], None] = lambda: None
+    watch: Watch
     running: dict[Any, _Running] = field(default_factory=dict[Any, _Running])
     arrived: dict[int, deque[ArrivedSpan]] = field(default_factory=dict[int, deque[ArrivedSpan]])
     ended: set[int] = field(default_factory=set[int])
@@ -129,6 +130,7 @@ class _Range:
             encode = actor.encode.options(num_returns="streaming", _generator_backpressure_num_objects=16)
             stream = encode.remote(self.shards[unit], span, self.limits.get(unit))
             self.running[stream] = _Running(unit, actor, span)
+            self.watch.began(self.numbers[actor], unit, span)
 
     def _receive(self) -> None:
         """Waits for a span, for the end of an input shard, or for an actor that has started."""
@@ -136,12 +138,13 @@ class _Range:
         from ray.exceptions import RayError, RayTaskError
 
         wanted = [stream for stream, task in self.running.items() if self._has_room(task.unit)]
+        self.watch.starting = len(self.fleet.starting)
         ready = ray.wait([*self.fleet.starting, *wanted], timeout=WAITING_SECONDS, fetch_local=False)[0]
         if not ready:
-            self.waiting()
+            self.watch.show()
         for stream in ready:
             if stream in self.fleet.starting:
-                self.idle += self.fleet.welcome(stream)
+                self._employ(self.fleet.welcome(stream))
                 continue
             task = self.running[stream]
             try:
@@ -151,6 +154,7 @@ class _Range:
                 self._require_whole(task)
                 self.ended.add(task.unit)
                 self.idle.append(task.actor)
+                self.watch.ended(self.numbers[task.actor], task.unit)
             except RayTaskError as error:
                 name = self.shards[task.unit].name
                 kind = CodesError if isinstance(error.cause, CodesError) else RunFailed  # it would come again
@@ -158,12 +162,20 @@ class _Range:
             except RayError as error:
                 del self.running[stream]
                 self._bury(task, error)
+                del self.numbers[task.actor]
                 self.fleet.start()
             else:
                 task.next_span = facts.index + 1
                 self.seen[task.unit] += facts.counts.seen
                 self.arrived.setdefault(task.unit, deque()).append(ArrivedSpan(task.unit, facts, span))
-                self.report(facts)
+                self.watch.arrived(self.numbers[task.actor], task.unit, facts)
+
+    def _employ(self, actors: list[Any]) -> None:
+        for actor in actors:
+            taken = set(self.numbers.values())
+            self.numbers[actor] = next(number for number in count() if number not in taken)
+            self.watch.hired(self.numbers[actor] + 1)
+            self.idle.append(actor)
 
     def _has_room(self, unit: int) -> bool:
         return unit == self.current or len(self.arrived.get(unit, ())) < MAX_WAITING_SPANS
@@ -180,6 +192,7 @@ class _Range:
 
     def _bury(self, task: _Running, error: Exception) -> None:
         """An actor died: its input shard goes to a new one, from the first span that did not arrive."""
+        self.watch.died(self.numbers[task.actor], task.unit)
         self.deaths[task.unit, task.next_span] += 1
         deaths = self.deaths[task.unit, task.next_span]
         if deaths == MAX_DEATHS:

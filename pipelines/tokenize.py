@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from pipelines.assembly import ArrivedSpan, extend, mend
+from pipelines.assembly import extend, mend
 from pipelines.cluster import WORKER_ENVIRONMENT, Crew, ray_crew
 from pipelines.corpus.images import Preprocessing
 from pipelines.corpus.plan import Plan
@@ -22,7 +22,9 @@ from pipelines.foreign import packed, store_record
 from pipelines.growth import Job, grows, planned_job
 from pipelines.options import ClusterFlags, ImageFlags
 from pipelines.outputs import require_room
+from pipelines.shard_log import Note, shard_log
 from pipelines.spans import Encoders
+from pipelines.watch import Watch, Worker
 from tokenizer.protocol import ImageTokenizer, level_specs
 from vqmill.commits import Counts, Cursor, counts_of
 from vqmill.layout import find_spec
@@ -31,6 +33,7 @@ from vqmill.spec import Segment, StoreSpec, default_rows_per_shard, usable_rows_
 from vqmill.store import open_codes
 from vqmill.writer import StoreWriter
 
+Progress = Callable[[int, int, str], None]
 SAMPLE_BYTES = 256  # what a row of the samples table takes on the disk without long captions
 
 
@@ -76,6 +79,8 @@ class TokenizeResult:
         waiting: samples of the corpus behind those that a retry looks at.
         rows_per_shard: of the store.
         seconds: of this run.
+        workers: what each encoder actor did.
+        statistics: the file with a line for each input shard that this run came to the end of; empty when there was nothing to do.
     """
 
     counts: Counts
@@ -87,6 +92,8 @@ class TokenizeResult:
     reasons: dict[str, int]
     rows_per_shard: int
     seconds: float
+    workers: tuple[Worker, ...] = ()
+    statistics: str = ""
     retried: int = 0
     still_bad: tuple[dict[str, str], ...] = ()
     waiting: int = 0
@@ -136,7 +143,7 @@ def tokenize_corpus(
     model: ImageTokenizer,
     out: Where,
     options: TokenizeOptions,
-    progress: Callable[[int, int, str], None],
+    progress: Progress,
     started: Callable[[], None] = lambda: None,
     say: Callable[[str], None] = lambda text: None,
     *,
@@ -173,7 +180,8 @@ def tokenize_corpus(
     worked = not (found and found.complete and len(parts[-1].shards) == found.segments[-1].input_shards)
     if worked:
         started()
-    outcomes = [_carry_out(part, model, place, options, progress, say, job) for part in parts]
+    with shard_log(place) as (log, note):
+        outcomes = [_carry_out(part, model, place, options, progress, say, note, job) for part in parts]
     codes = open_codes(place)
     quarantine = codes.quarantine()
     reasons = Counter(str(reason) for reason in quarantine["reason"].to_pylist())
@@ -190,16 +198,19 @@ def tokenize_corpus(
         seconds=time.monotonic() - start,
         retried=last.retries if retry and worked else 0,
         still_bad=tuple(quarantine.select(["key", "source", "reason", "detail"]).to_pylist()) if retry else (),
+        workers=tuple(worker for outcome in outcomes for worker in outcome.workers),
+        statistics=str(log) if worked else "",
         waiting=plan.num_samples - (parts[-1].num_samples - parts[-1].num_retried) if retry else 0,
     )
 
 
 @dataclass(frozen=True)
 class _Outcome:
-    """Counts of all commits of a plan that is brought to its end, and the Zarr shards that had to be made again for it."""
+    """Counts of all commits of a plan that is brought to its end, and for this the Zarr shards that were made again, and the workers."""
 
     counts: Counts
     mended: list[int]
+    workers: list[Worker]
 
 
 def _carry_out(
@@ -207,8 +218,9 @@ def _carry_out(
     model: ImageTokenizer,
     out: Place,
     options: TokenizeOptions,
-    progress: Callable[[int, int, str], None],
+    progress: Progress,
     say: Callable[[str], None],
+    note: Note,
     job: Job,
 ) -> _Outcome:
     """Brings a plan to its end, unless it is there already."""
@@ -220,47 +232,42 @@ def _carry_out(
         elif found and grows(found, plan):
             writer.grow(plan.digest, len(plan.shards), plan.num_samples, spec.corpus)
         mended: list[int] = []
+        workers: list[Worker] = []
         if not writer.spec.complete:
             mended = writer.missing_shards()
             cluster = options.cluster
             with ray_crew(options.workers, options.device, cluster.share, cluster.address) as crew:
                 say(crew.summary)
-                _run(plan, model, writer, mended, options, progress, crew)
+                workers = _run(plan, model, writer, mended, options, progress, note, crew)
             if writer.counts.seen != plan.num_samples:
                 raise RunFailed(
                     f"{out.name}: {plan.num_samples:,} samples were planned, {writer.counts.seen:,} came out; the store is left unfinished."
                 )
             writer.finish()
-        return _Outcome(counts_of(writer.spec, writer.commits), mended)
+        return _Outcome(counts_of(writer.spec, writer.commits), mended, workers)
 
 
 def _run(
-    plan: Plan, model: ImageTokenizer, writer: StoreWriter, missing: list[int], options: TokenizeOptions,
-    progress: Callable[[int, int, str], None], crew: Crew,
-) -> None:  # fmt: skip
-    """Makes again what is missing of the committed Zarr shards, then encodes what is not committed."""
+    plan: Plan, model: ImageTokenizer, writer: StoreWriter, missing: list[int], options: TokenizeOptions, progress: Progress, note: Note, crew: Crew
+) -> list[Worker]:  # fmt: skip
+    """Makes again what is missing of the committed Zarr shards, then encodes what is not committed; says what each worker did for that."""
     from pipelines.remote import RayHands
 
-    counts, fleet = writer.counts, _fleet(plan, model, writer, options, crew)
-
-    def show(new: Counts | None = None) -> None:
-        nonlocal counts
-        counts = counts + new if new else counts
-        quarantined = counts.quarantined - writer.spec.retried(counts.seen)
-        notes = [f"{quarantined:,} quarantined"] if quarantined else []
-        starting = len(fleet.starting)
-        notes += [f"{starting} of {crew.workers} workers have not started"] if starting else []
-        progress(counts.seen, plan.num_samples, ", ".join(notes))
-
-    def lost(start: Cursor, stop: Cursor) -> Iterator[ArrivedSpan]:
-        progress(counts.seen, plan.num_samples, "making lost Zarr shards again")
-        return encoders.between(start, stop)
-
-    encoders = Encoders(plan.shards, fleet, crew.workers, show)
+    encoders = Encoders(plan.shards, _fleet(plan, model, writer, options, crew), crew.workers)
     hands, end = RayHands(writer.store), Cursor(len(plan.shards))
-    mend(writer, missing, lost, hands)
-    show()
-    extend(writer, encoders.between(writer.cursor, end, lambda facts: show(facts.counts)), end.input_shard, hands)
+    before = writer.counts
+
+    def again(done: int, total: int, note: str) -> None:
+        progress(before.seen, plan.num_samples, f"making lost Zarr shards again; {note}")
+
+    def watch(show: Progress, note: Note) -> Watch:
+        return Watch(plan.shards, before, plan.num_samples, writer.spec.retried, show, note)
+
+    mending, working = watch(again, lambda facts: None), watch(progress, note)
+    mend(writer, missing, lambda start, stop: encoders.between(start, stop, mending), hands)
+    working.show()
+    extend(writer, encoders.between(writer.cursor, end, working), end.input_shard, hands)
+    return working.workers
 
 
 def _fleet(plan: Plan, model: ImageTokenizer, writer: StoreWriter, options: TokenizeOptions, crew: Crew) -> Fleet:

@@ -27,6 +27,7 @@ from pipelines.errors import RunFailed
 from pipelines.fleet import Fleet, Kinds, Machine
 from pipelines.options import ClusterFlags, default_workers
 from pipelines.tokenize import TokenizeOptions, TokenizeResult, tokenize_corpus
+from pipelines.tokenize_command import tokenize
 from vqmill.errors import UsageError
 from vqmill.layout import group_metadata
 
@@ -178,6 +179,23 @@ def test_a_share_decides_how_many_workers_there_are_and_how_they_decode(monkeypa
     assert Share(4).on("cpu") == {"CPU": 4}
     assert [ClusterFlags().threads, ClusterFlags(cpus_per_worker=4).threads] == [2, 5]
     assert ClusterFlags(cpus_per_worker=4, decode_threads=3).threads == 3
+
+
+def test_a_dry_run_of_a_cluster_does_not_ask_it(scenes: str, tokenizer_folder: Path, tmp_path: Path) -> None:
+    def lines(**flags: Any) -> list[str]:
+        return tokenize(
+            scenes, tokenizer_folder, tmp_path / "codes.zarr", module=None, size=16, batch_size=32, shard_rows=None, codec="auto",
+            precision="fp32", dry_run=True, **flags,
+        ).lines  # fmt: skip
+
+    joining = ClusterFlags(address="head:6379")
+    unknown = lines(workers=None, device="auto", cluster=joining)
+    assert unknown[-1] == (
+        "as many workers as there is room for on GPUs or CPUs of the Ray cluster head:6379; nothing was written"
+    )
+    assert "would take one worker about" in unknown[-2]
+    known = lines(workers=7, device="cuda", cluster=joining)  # this machine need not have the GPUs
+    assert known[-1] == "7 workers on cuda of the Ray cluster head:6379; nothing was written"
 
 
 class FakeRay:
