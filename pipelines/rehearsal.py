@@ -76,9 +76,9 @@ class Rehearsal:
         stored = sum(len(encode_zarr_shard(spec, level, codes[level.name])) for level in spec.levels)
         return (stored + len(parquet_bytes(samples))) / samples.num_rows
 
-    def job_seconds(self, samples: int, workers: int, cores: int) -> float:
-        """How long so many samples would take, Ray's start not counted: as many workers at this pace, unless the cores are too few."""
-        wall, cpu = self.seconds / workers, self.cpu_seconds / cores
+    def job_seconds(self, samples: int, workers: int, cores: int | None = None) -> float:
+        """How long so many samples would take, Ray's start not counted: as many workers at this pace, unless the cores (this machine's) are too few."""
+        wall, cpu = self.seconds / workers, self.cpu_seconds / (cores or os.cpu_count() or 1)
         return samples / self.seen * max(wall, cpu)
 
 
@@ -187,7 +187,7 @@ def rehearse(
 def _estimates(tried: Rehearsal, todo: int, spec: StoreSpec, options: TokenizeOptions) -> dict[str, Any]:
     rows = tried.rows / tried.seen * todo
     workers = options.workers or 1  # of a cluster that nobody has asked yet
-    cores = workers * options.cluster.cpus_per_worker if options.cluster.address else os.cpu_count() or 1
+    cores = workers * options.cluster.cpus_per_worker if options.cluster.address else None
     return {
         "rehearsed_samples": tried.seen,
         "rehearsed_reasons": dict(tried.reasons),
