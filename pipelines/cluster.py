@@ -9,8 +9,10 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -111,10 +113,13 @@ def ray_crew(workers: int | None, device: str, share: Share = Share(), address: 
         UsageError: a Ray that does not grow has too little room, or the cluster cannot be joined.
     """
     ours = "ray" not in sys.modules or not sys.modules["ray"].is_initialized()
+    stop = signal.getsignal(signal.SIGTERM)
     if ours and address:
         join_ray(address)
     elif ours:
         start_ray((workers or 1) * share.cpus)
+    if ours and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stop)  # Ray's own would end the process with no word
     import ray
 
     try:

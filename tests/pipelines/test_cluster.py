@@ -12,24 +12,23 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import tokenizer
-import vqmill
 from pipelines.cluster import Crew, Share, _crew, address_to_join
 from pipelines.corpus.plan import plan_corpus
-from pipelines.encoder import describe_device
-from pipelines.errors import RunFailed
-from pipelines.fleet import Fleet, Kinds, Machine
+from pipelines.encoder import Encoding
+from pipelines.fleet import Machine
 from pipelines.options import ClusterFlags, default_workers
-from pipelines.tokenize import TokenizeOptions, TokenizeResult, tokenize_corpus
+from pipelines.tokenize import TokenizeOptions, store_spec
 from pipelines.tokenize_command import tokenize
 from vqmill.errors import UsageError
-from vqmill.layout import group_metadata
+from vqmill.places import place_of
+from vqmill.writer import StoreWriter
 
 
 @dataclass(frozen=True)
@@ -72,13 +71,17 @@ def cluster() -> Iterator[Started]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def command(corpus: str, folder: Path, out: Path, *more: str) -> list[str]:
+    words = [sys.executable, "-m", "pipelines.cli", "tokenize", corpus, "--tokenizer", str(folder), "--out", str(out)]
+    return [*words, "--shard-rows", "20", "--json", *more]
+
+
 def run(
     corpus: str, folder: Path, out: Path, environment: dict[str, str], *more: str
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "pipelines.cli", "tokenize", corpus, "--tokenizer", str(folder), "--out", str(out), "--shard-rows", "20", "--json", *more],
-        capture_output=True, text=True, check=False, env=environment, timeout=250,
-    )  # fmt: skip
+        command(corpus, folder, out, *more), capture_output=True, text=True, check=False, env=environment, timeout=250
+    )
 
 
 def tree(store: Path) -> dict[str, bytes]:
@@ -102,13 +105,29 @@ def test_a_cluster_that_is_joined_gives_the_same_bytes_and_more_workers_than_it_
     assert tree(out) == tree(reference)
 
 
-def test_ray_address_is_joined_as_inside_a_ray_job(
+def test_a_job_that_is_told_to_stop_says_so_and_goes_on_in_the_cluster_that_ray_address_names(
     cluster: Started, reference: Path, scenes: str, tokenizer_folder: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "codes.zarr"
-    done = run(scenes, tokenizer_folder, out, cluster.environment | {"RAY_ADDRESS": cluster.address})
+    job = subprocess.Popen(
+        command(scenes, tokenizer_folder, out, "--address", cluster.address),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=cluster.environment, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while len(list(out.glob("commits/*.json"))) < 3:
+        assert job.poll() is None, "the job ended before it could be stopped"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    job.terminate()  # as `ray job stop`, Slurm and Kubernetes do
+    output, errors = job.communicate(timeout=60)
+    assert job.returncode == 1, errors
+    assert "stopped. Whatever was committed" in errors
+    assert json.loads(output.splitlines()[-1]) == {"error": "stopped", "exit_code": 1}
+
+    done = run(scenes, tokenizer_folder, out, cluster.environment | {"RAY_ADDRESS": cluster.address})  # as in a Ray job
     assert done.returncode == 0, done.stderr
     assert "2 machines, 2 CPU, 0 GPU; 2 workers of 1 CPU" in done.stderr.splitlines()[0]
+    assert json.loads(done.stdout.splitlines()[-1])["resumed_rows"] >= 60
     assert tree(out) == tree(reference)
 
 
@@ -198,6 +217,67 @@ def test_a_dry_run_of_a_cluster_does_not_ask_it(scenes: str, tokenizer_folder: P
     assert known[-1] == "7 workers on cuda of the Ray cluster head:6379; nothing was written"
 
 
+@pytest.mark.usefixtures("ray_session")
+def test_flags_reach_the_workers(
+    scenes: str, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    from pipelines import remote
+    from pipelines.tokenize import _fleet
+
+    asked: dict[str, Any] = {}
+
+    class Asked:
+        @staticmethod
+        def options(**options: Any) -> Any:
+            asked.update(options)
+            return Asked
+
+        @staticmethod
+        def remote(*arguments: Any) -> Any:
+            asked["arguments"] = arguments
+            return ray.remote(Idle).options(num_cpus=0).remote()
+
+    class Idle:
+        def describe(self, corpus: Path) -> Machine:
+            return Machine("here", "cpu", True)
+
+    monkeypatch.setattr(remote, "EncoderActor", Asked)
+    plan, model = plan_corpus(scenes), tokenizer.load(tokenizer_folder)
+    flags = ClusterFlags(cpus_per_worker=3, gpus_per_worker=0.5, decode_threads=7)
+    options = TokenizeOptions(size=16, encoding=Encoding(compiled=True), cluster=flags)
+    crew = Crew(1, "cuda", flags.share.on("cuda"), True, "")
+    with StoreWriter(tmp_path / "codes.zarr", store_spec(plan, model, options)) as writer:
+        _fleet(plan, model, writer, options, crew).start()
+    assert (asked["num_cpus"], asked["num_gpus"]) == (3, 0.5)
+    assert asked["arguments"][2:] == (Encoding(compiled=True), "cuda", 7)
+    assert asked["runtime_env"]["env_vars"]["MALLOC_ARENA_MAX"] == "1"
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_folder_is_written_on_this_machine_which_others_need_not_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    from pipelines import remote
+    from pipelines.remote import RayHands
+
+    asked: list[Any] = []
+
+    class Asked:
+        @staticmethod
+        def options(scheduling_strategy: Any) -> None:
+            asked.append(scheduling_strategy)
+
+    monkeypatch.setattr(remote, "write_remotely", Asked)
+    RayHands(place_of(tmp_path))
+    assert (asked[0].node_id, asked[0].soft) == (ray.get_runtime_context().get_node_id(), False)
+    RayHands(place_of("s3://bucket/codes.zarr"))
+    assert asked[1] == "DEFAULT"
+
+
 class FakeRay:
     """What `_crew` asks of Ray, on machines that this one is not."""
 
@@ -231,93 +311,3 @@ def test_workers_are_counted_machine_by_machine(monkeypatch: pytest.MonkeyPatch)
     assert crew(gpus, None, "cpu", Share(4)).workers == 8
     with pytest.raises(UsageError, match=r"--workers 3: there is room for 2, with 3 CPU for each"):
         crew(cpus, 3, "cpu", Share(3), None)
-
-
-@pytest.mark.usefixtures("ray_session")
-def test_machines_that_cannot_work_are_refused_before_they_do(tmp_path: Path) -> None:
-    import ray
-
-    from pipelines.remote import EncoderActor
-
-    assert EncoderActor is not None
-    (corpus := tmp_path / "photos.tar").touch()
-    recorded: list[str] = []
-
-    def welcome(machine: Machine, *, mixed: bool, there: Path = corpus) -> list[Any]:
-        fleet = Fleet(lambda: None, Kinds("cpu A", recorded.append, mixed=mixed), there)
-        answer = ray.put(machine)
-        fleet.starting[answer] = "the actor"
-        return fleet.welcome(answer)
-
-    assert welcome(Machine("node-1", "cpu A", True), mixed=False) == ["the actor"]
-    assert not recorded
-    with pytest.raises(
-        RunFailed, match=r"the machines differ \(cpu A; cpu B; the last one that came is node-2\).*--allow-mixed"
-    ):
-        welcome(Machine("node-2", "cpu B", True), mixed=False)
-    assert not recorded
-    assert welcome(Machine("node-2", "cpu 0", True), mixed=True) == ["the actor"]
-    assert recorded == ["cpu 0; cpu A"]
-    with pytest.raises(RunFailed, match=r"node-3: .*photos.tar is not there, .* same place on every machine"):
-        welcome(Machine("node-3", "cpu A", False), mixed=False)
-    assert welcome(Machine("node-3", "cpu A", False), mixed=False, there=tmp_path / "removed.tar") == ["the actor"]
-
-
-@pytest.mark.usefixtures("ray_session")
-def test_a_machine_without_our_code_is_told_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import ray
-
-    (tmp_path / "only_here_4711.py").write_text("class Actor:\n    def describe(self, corpus):\n        return None\n")
-    monkeypatch.syspath_prepend(str(tmp_path))  # the workers of a Ray that runs do not see it
-    import only_here_4711  # pyright: ignore[reportMissingImports]
-
-    fleet = Fleet(ray.remote(only_here_4711.Actor).options(num_cpus=0).remote, Kinds("", print))
-    fleet.start()
-    with pytest.raises(RunFailed, match=r"(?s)did not start: .*Every machine of the cluster needs vqmill"):
-        fleet.welcome(next(iter(fleet.starting)))
-
-
-@pytest.mark.usefixtures("ray_session")
-def test_an_actor_that_is_lost_while_it_starts_is_started_again_but_not_for_ever() -> None:
-    import ray
-
-    @ray.remote(max_restarts=0)
-    class Dies:
-        def describe(self, corpus: Path | None) -> None:
-            os._exit(9)
-
-    fleet = Fleet(Dies.options(num_cpus=0).remote, Kinds("", print))
-    fleet.start()
-    for _ in range(2):
-        assert fleet.welcome(next(iter(fleet.starting))) == []
-    with pytest.raises(RunFailed, match="an encoder worker did not start"):
-        fleet.welcome(next(iter(fleet.starting)))
-
-
-@pytest.mark.usefixtures("ray_session")
-def test_a_stopped_job_goes_on_on_another_kind_of_machine_when_that_is_allowed(
-    reference: Path, scenes: str, tokenizer_folder: Path, tmp_path: Path
-) -> None:
-    options = TokenizeOptions(size=16, rows_per_shard=20)
-    mixed = replace(options, cluster=ClusterFlags(allow_mixed=True))
-    plan, out = plan_corpus(scenes), tmp_path / "codes.zarr"
-
-    def make(options: TokenizeOptions) -> TokenizeResult:
-        model = tokenizer.load(tokenizer_folder)
-        return tokenize_corpus(plan, model, out, options, lambda done, total, note: None)
-
-    shutil.copytree(reference, out)
-    spec = vqmill.open_codes(out).spec
-    other = {**spec.tokenizer, "computed_on": "another machine"}
-    (out / "zarr.json").write_bytes(group_metadata(replace(spec, tokenizer=other, complete=False)))
-    (out / "bottom/c/3/0/0").unlink()
-    with pytest.raises(UsageError, match=r"(?s)tokenizer.computed_on: there .another machine.*--allow-mixed"):
-        make(options)
-    assert make(mixed).mended == (3,)
-    kinds = f"another machine; {describe_device('cpu')}"
-    assert vqmill.open_codes(out).spec.tokenizer["computed_on"] == kinds
-    differing = [name for name, data in tree(out).items() if tree(reference)[name] != data]
-    assert differing == ["zarr.json"]
-    with pytest.raises(UsageError, match=r"(?s)there .*another machine.*--allow-mixed"):
-        make(options)  # nor does it go back: what is recorded stays
-    assert not make(mixed).did_something
