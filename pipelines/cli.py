@@ -13,7 +13,7 @@ from pipelines.app import app, run
 from pipelines.cli_priors import sample, score, train_prior
 from pipelines.cli_stores import merge, repair, slice_store, verify
 from pipelines.memory import keep_freed_memory
-from pipelines.options import Codec, Common, Device, FitFlags, ImageFlags, Layout, PixelRange, Precision
+from pipelines.options import ClusterFlags, Codec, Common, Device, FitFlags, ImageFlags, Layout, PixelRange, Precision
 
 __all__ = ["app", "main"]
 
@@ -102,8 +102,9 @@ def evaluate(
 @app.command
 def tokenize(
     corpus: str, /, *, tokenizer: Path | None = None, tokenizer_module: str | None = None, out: str, size: int | None = None, workers: int | None = None, batch_size: int = 32,
-    shard_rows: int | None = None, codec: Codec = "auto", precision: Precision = "fp32", device: Device = "auto", limit: int | None = None,
-    retry_quarantined: Annotated[bool, Parameter(negative="")] = False, images: ImageFlags = ImageFlags(), sample_timeout: int = 60,
+    shard_rows: int | None = None, codec: Codec = "auto", precision: Precision = "fp32", compiled: Annotated[bool, Parameter(name="--compile", negative="")] = False,
+    device: Device = "auto", limit: int | None = None, retry_quarantined: Annotated[bool, Parameter(negative="")] = False, images: ImageFlags = ImageFlags(),
+    sample_timeout: int = 60, cluster: ClusterFlags = ClusterFlags(),
     dry_run: Annotated[bool, Parameter(negative="")] = False, common: Common = Common(),
 ) -> int:  # fmt: skip
     """Send a corpus through a tokenizer into a code store.
@@ -118,11 +119,14 @@ def tokenize(
             with the methods that docs/tokenizer-protocol.md describes; try it with check-tokenizer.
         out: the store to make, for example codes.zarr, or s3://bucket/codes.zarr (gs, az; docs/object-stores.md).
         size: side in pixels of the squares that images are made into; the tokenizer's training size if not given.
-        workers: encoder processes; one for each core, or GPU, if not given.
+        workers: encoder processes; if not given, as many as this machine, or the cluster, has room for: one for each core, or GPU. More than
+            that are refused here; on a cluster they wait until it has grown.
         batch_size: images encoded at once.
         shard_rows: rows of a Zarr shard, the unit of commit; 4,096 at most if not given. Raised a little when it divides badly.
         codec: how chunks are compressed; auto takes the smallest on the first Zarr shard.
         precision: bf16 is faster on GPUs and changes some codes; recorded in the store.
+        compiled: torch.compile makes the tokenizer's networks: each worker takes seconds to minutes longer to start, and whether it
+            is faster then depends on networks and machine. May change some codes; recorded in the store. On CPUs it takes a C++ compiler.
         device: auto takes GPUs if there are any.
         limit: take the first so many samples of the corpus only. A larger limit later, or none, appends the next ones.
         retry_quarantined: try again the samples that a finished store has set aside, for example when their files were restored. Those that
@@ -135,8 +139,8 @@ def tokenize(
 
     return run(common, lambda: job(
         corpus, tokenizer, out, module=tokenizer_module, size=size, workers=workers, batch_size=batch_size, shard_rows=shard_rows, codec=codec,
-        precision=precision, device=device, dry_run=dry_run, limit=limit, retry_quarantined=retry_quarantined, images=images,
-        sample_timeout=sample_timeout,
+        precision=precision, compiled=compiled, device=device, dry_run=dry_run, limit=limit, retry_quarantined=retry_quarantined, images=images,
+        sample_timeout=sample_timeout, cluster=cluster,
     ))  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import count, islice
 from typing import Any
 
@@ -21,6 +21,7 @@ from pipelines.corpus.plan import InputShard
 from pipelines.corpus.problems import BadImage
 from pipelines.corpus.samples import RawSample, SampleRef, list_samples, load_sample
 from pipelines.precision import exact_float32
+from tokenizer.models import Tokenizer
 from tokenizer.protocol import ImageTokenizer
 from vqmill.commits import Counts
 from vqmill.spec import dtype_for
@@ -38,10 +39,16 @@ class Encoding:
     Attributes:
         batch_size: images of a full batch.
         precision: `fp32`, or `bf16` for autocast outside the quantizer.
+        compiled: whether torch.compile makes the networks; see `Tokenizer.compile_encoder`.
     """
 
     batch_size: int = 32
     precision: str = "fp32"
+    compiled: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a store records; of `compiled` only that it is so, as stores were made before there was a choice."""
+        return {name: value for name, value in asdict(self).items() if name != "compiled" or value}
 
 
 @dataclass(frozen=True)
@@ -100,6 +107,9 @@ class SpanEncoder:
         self._device = torch.device(device)
         self._tokenizer = build()
         self._tokenizer.to(self._device)
+        if encoding.compiled:
+            assert isinstance(self._tokenizer, Tokenizer), "other people's tokenizers compile themselves"
+            self._tokenizer.compile_encoder()
         self._preprocessing, self._encoding = preprocessing, encoding
         self._sample_timeout, self._within = sample_timeout, within
         # int64 would weigh four to eight times as much
@@ -159,23 +169,23 @@ class SpanEncoder:
         )
 
     def _encode_pixels(self, pixels: list[np.ndarray[Any, Any]]) -> dict[str, np.ndarray[Any, Any]]:
-        parts: list[dict[str, np.ndarray[Any, Any]]] = []
+        parts: list[dict[str, torch.Tensor]] = []
         batch_size = self._encoding.batch_size
         for first in range(0, len(pixels), batch_size):
             images = np.stack(pixels[first : first + batch_size])
             padded = min(size for size in (*PADDED_SIZES, batch_size) if len(images) <= size <= batch_size)
-            batch = np.zeros((padded, *images.shape[1:]), np.uint8)
-            batch[: len(images)] = images
+            batch = torch.zeros(padded, *images.shape[1:], dtype=torch.uint8, pin_memory=self._device.type == "cuda")
+            batch.numpy()[: len(images)] = images
             autocast = torch.autocast(self._device.type, torch.bfloat16, enabled=self._encoding.precision == "bf16")
             with self._within(self._sample_timeout * batch_size), autocast:
-                codes = self._tokenizer.encode(torch.from_numpy(batch).to(self._device, non_blocking=True))
-                parts.append(
-                    {
-                        level: values[: len(images)].cpu().numpy().astype(self._dtypes[level])
-                        for level, values in codes.items()
-                    }
-                )
-        return {level: np.concatenate([part[level] for part in parts]) for level in parts[0]} if parts else {}
+                codes = self._tokenizer.encode(batch.to(self._device, non_blocking=True))
+            # Copied, as somebody's code may use its memory again; but fetched behind the last batch: a GPU is not waited for before.
+            parts.append({level: values[: len(images)].clone() for level, values in codes.items()})
+        with self._within(self._sample_timeout * batch_size):
+            return {
+                level: torch.cat([part[level] for part in parts]).cpu().numpy().astype(self._dtypes[level])
+                for level in (parts[0] if parts else ())
+            }
 
 
 _Outcome = tuple[RawSample, Decoded | BadImage]

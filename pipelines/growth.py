@@ -58,7 +58,7 @@ class Job:
         if not self.retries:
             return require_same_job(store, found, wanted, plan)
         same = wanted.with_plan_of(found)
-        refuse_other_store(store, found, same, _advice(found, plan))
+        refuse_other_store(store, found, same, _machines(found, same) + _advice(found, plan))
         return same
 
 
@@ -120,7 +120,7 @@ def require_same_job(store: Where, found: StoreSpec, wanted: StoreSpec, plan: Pl
         UsageError: the store is another one; the differences are shown.
     """
     same = wanted.with_plan_of(found) if _goes_on(found, plan) else wanted
-    refuse_other_store(store, found, same, _advice(found, plan))
+    refuse_other_store(store, found, same, _machines(found, same) + _advice(found, plan))
     return same
 
 
@@ -141,6 +141,12 @@ def _first_other_label(found: StoreSpec, plan: Plan) -> int | None:
     return next(
         (label for label, name in enumerate(names) if [name] != list(plan.class_names[label : label + 1])), None
     )
+
+
+def _machines(found: StoreSpec, wanted: StoreSpec) -> str:
+    if found.tokenizer.get("computed_on") == wanted.tokenizer.get("computed_on"):
+        return ""
+    return "Machines of another kind work on it with --allow-mixed. "
 
 
 def _advice(found: StoreSpec, plan: Plan) -> str:

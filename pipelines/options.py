@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from pipelines.cluster import Share, address_to_join
 from pipelines.training_log import require_tensorboard
 from vqmill.errors import CodesError, UsageError
 
@@ -133,6 +134,57 @@ class ImageFlags:
             raise UsageError(str(error)) from error
 
 
+@Parameter(name="*")
+@dataclass(frozen=True)
+class ClusterFlags:
+    """Where encoder workers run, and what each takes. Of these, only --allow-mixed can change what comes out."""
+
+    address: str | None = None
+    """Join the Ray cluster that is there, rather than start a Ray on this machine: HOST:PORT of its head, or auto for the one that this machine is part of. If not given, the one that RAY_ADDRESS names, as it does inside `ray job submit`; local joins none."""
+    cpus_per_worker: int = 1
+    """CPU slots that each worker takes, for its decode threads; one thread encodes in any case."""
+    gpus_per_worker: float | None = None
+    """How much of a GPU each worker takes: with 0.5, two share one. 1 if not given."""
+    decode_threads: int | None = None
+    """Threads of each worker that decode images; one more than --cpus-per-worker if not given."""
+    allow_mixed: Annotated[bool, Parameter(negative="")] = False
+    """Let machines of several kinds (CPU type, GPU model, torch version) work on one store. They round differently, so a few codes depend on which machine made them; the store records all the kinds. Without this, a machine of another kind is refused, also when a stopped job goes on."""
+
+    def resolved(self) -> ClusterFlags:
+        """The same flags with the address of the cluster to join; None when there is none.
+
+        Raises:
+            UsageError: a value is out of range.
+        """
+        for flag, value in (("--cpus-per-worker", self.cpus_per_worker), ("--decode-threads", self.decode_threads)):
+            if value is not None and value < 1:
+                raise UsageError(f"{flag} must be at least 1, got {value}.")
+        if self.gpus_per_worker is not None and not 0 < self.gpus_per_worker <= 1:
+            raise UsageError(
+                f"--gpus-per-worker must be above 0 and at most 1, since a worker computes on one GPU; got {self.gpus_per_worker:g}."
+            )
+        return replace(self, address=address_to_join(self.address))
+
+    def check_device(self, device: str) -> None:
+        """Refuses a share of GPUs for workers that compute on CPUs.
+
+        Raises:
+            UsageError: it was asked for.
+        """
+        if self.gpus_per_worker is not None and device == "cpu":
+            raise UsageError("--gpus-per-worker: the workers compute on CPUs here; it goes with --device cuda.")
+
+    @property
+    def share(self) -> Share:
+        """What each worker takes of a machine."""
+        return Share(self.cpus_per_worker, self.gpus_per_worker)
+
+    @property
+    def threads(self) -> int:
+        """Decode threads of a worker."""
+        return self.decode_threads or self.cpus_per_worker + 1
+
+
 def choose_device(device: Device) -> str:
     """Resolves `auto`, and sees to it that `fp32` means float32 on a GPU.
 
@@ -164,11 +216,13 @@ def in_flags(message: str, flags: Mapping[str, str]) -> str:
     return re.sub(rf"\b({'|'.join(flags)})\b", lambda found: flags[found[0]], message)
 
 
-def default_workers(device: str) -> int:
-    """One worker for each GPU, or for each core."""
+def default_workers(device: str, share: Share = Share()) -> int:
+    """As many workers as this machine's GPUs have room for, or its cores."""
     import torch
 
-    return torch.cuda.device_count() if device == "cuda" else os.cpu_count() or 1
+    if device == "cuda":
+        return int(torch.cuda.device_count() / (share.gpus or 1) + 1e-6)
+    return max(1, (os.cpu_count() or 1) // share.cpus)
 
 
 def row_range(text: str | None, number: int) -> range:

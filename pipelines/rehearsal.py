@@ -17,6 +17,7 @@ from pipelines.encoder import Span, SpanEncoder
 from pipelines.foreign import packed
 from pipelines.growth import Job, grows, planned_job
 from pipelines.memory import keep_freed_memory
+from pipelines.options import choose_device
 from pipelines.progress import meter
 from pipelines.results import Result, grids
 from pipelines.tokenize import TokenizeOptions, store_spec
@@ -75,9 +76,9 @@ class Rehearsal:
         stored = sum(len(encode_zarr_shard(spec, level, codes[level.name])) for level in spec.levels)
         return (stored + len(parquet_bytes(samples))) / samples.num_rows
 
-    def job_seconds(self, samples: int, workers: int) -> float:
-        """How long so many samples would take, Ray's start not counted: as many workers at this pace, unless the cores are too few."""
-        wall, cpu = self.seconds / workers, self.cpu_seconds / (os.cpu_count() or 1)
+    def job_seconds(self, samples: int, workers: int, cores: int | None = None) -> float:
+        """How long so many samples would take, Ray's start not counted: as many workers at this pace, unless the cores (this machine's) are too few."""
+        wall, cpu = self.seconds / workers, self.cpu_seconds / (cores or os.cpu_count() or 1)
         return samples / self.seen * max(wall, cpu)
 
 
@@ -98,7 +99,7 @@ def dry_run(plan: Plan, model: ImageTokenizer, out: Where, options: TokenizeOpti
     found = find_spec(place)
     job = planned_job(plan, place, found, retry=retry)
     plan = job.parts[-1]
-    spec = store_spec(plan, model, options)
+    spec = store_spec(plan, model, options, found)
     if found:
         spec = replace(spec, codec=job.require_same(out, found, spec, plan).codec)
     first, todo, state = _state(place, found, job)
@@ -120,10 +121,17 @@ def dry_run(plan: Plan, model: ImageTokenizer, out: Where, options: TokenizeOpti
     if todo:
         with meter("encoding some samples", "samples") as show:
             tried = rehearse(plan.shards[first:], model, options, lambda done: show(done, None))
-        lines += _expected(tried, todo, spec, options.workers)
-        facts |= _estimates(tried, todo, spec, options.workers)
-    lines.append(f"{options.workers} workers on {options.device}; nothing was written")
+        lines += _expected(tried, todo, spec, options)
+        facts |= _estimates(tried, todo, spec, options)
+    lines.append(f"{_hands(options)}; nothing was written")
     return Result(lines, facts=facts)
+
+
+def _hands(options: TokenizeOptions) -> str:
+    """Who would do the work."""
+    place = f" of the Ray cluster {address}" if (address := options.cluster.address) else ""
+    number = f"{options.workers} workers" if options.workers else "as many workers as there is room for"
+    return f"{number} on {'GPUs or CPUs' if options.device == 'auto' else options.device}{place}"
 
 
 def _state(place: Place, found: StoreSpec | None, job: Job) -> tuple[int, int, str]:
@@ -159,7 +167,10 @@ def rehearse(
     """
     keep_freed_memory()
     images = options.images.preprocessing(options.size, model.channels)
-    encoder = SpanEncoder(packed(model), images, options.encoding, options.device)
+    device = (
+        choose_device("auto") if options.cluster.address else options.device
+    )  # this machine need not be like the cluster's
+    encoder = SpanEncoder(packed(model), images, options.encoding, device, options.cluster.threads)
     tried = Rehearsal()
     chosen = [shards[index * len(shards) // PLACES] for index in range(PLACES)] if len(shards) > PLACES else shards
     for number, shard in enumerate(chosen, 1):
@@ -173,23 +184,25 @@ def rehearse(
     return tried
 
 
-def _estimates(tried: Rehearsal, todo: int, spec: StoreSpec, workers: int) -> dict[str, Any]:
+def _estimates(tried: Rehearsal, todo: int, spec: StoreSpec, options: TokenizeOptions) -> dict[str, Any]:
     rows = tried.rows / tried.seen * todo
+    workers = options.workers or 1  # of a cluster that nobody has asked yet
+    cores = workers * options.cluster.cpus_per_worker if options.cluster.address else None
     return {
         "rehearsed_samples": tried.seen,
         "rehearsed_reasons": dict(tried.reasons),
         "estimated_rows": round(rows),
         "estimated_bytes": round(rows * tried.row_bytes(spec)) if rows else 0,
-        "estimated_seconds": round(tried.job_seconds(todo, workers), 1),
+        "estimated_seconds": round(tried.job_seconds(todo, workers, cores), 1),
     }
 
 
-def _expected(tried: Rehearsal, todo: int, spec: StoreSpec, workers: int) -> list[str]:
-    found = _estimates(tried, todo, spec, workers)
+def _expected(tried: Rehearsal, todo: int, spec: StoreSpec, options: TokenizeOptions) -> list[str]:
+    found = _estimates(tried, todo, spec, options)
     bad = ", ".join(f"{count:,} {reason}" for reason, count in sorted(tried.reasons.items()))
     return [
         f"{tried.seen:,} samples were encoded here to see: {tried.seen / tried.seconds:,.0f} a second in one worker; quarantined: {bad or 'none'}",
-        f"so {todo:,} samples would take about {span_of_time(found['estimated_seconds'])} on machines like this one (and Ray's start), and give about "
+        f"so {todo:,} samples would take {'' if options.workers else 'one worker '}about {span_of_time(found['estimated_seconds'])} on machines like this one (and Ray's start), and give about "
         f"{found['estimated_rows']:,} rows in {found['estimated_bytes'] / 1e6:,.1f} MB",
     ]
 

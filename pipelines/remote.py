@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines.assembly import Order, SpanFacts, Written, carry_out
 from pipelines.corpus.images import Preprocessing
@@ -15,8 +18,10 @@ from pipelines.corpus.plan import InputShard
 from pipelines.deadlines import Deadlines
 from pipelines.encoder import Encoding, Span, SpanEncoder, describe_device
 from pipelines.errors import RunFailed
+from pipelines.fleet import Machine
 from tokenizer.protocol import ImageTokenizer
 from vqmill.errors import CodesError
+from vqmill.places import Folder, Place
 
 
 @ray.remote(max_restarts=0)
@@ -24,17 +29,18 @@ class EncoderActor:
     """Owns one device and its decode threads; pixels never leave it."""
 
     def __init__(
-        self, build: Callable[[], ImageTokenizer], preprocessing: Preprocessing, encoding: Encoding, device: str, sample_timeout: float
+        self, build: Callable[[], ImageTokenizer], preprocessing: Preprocessing, encoding: Encoding, device: str, decode_threads: int,
+        sample_timeout: float,
     ) -> None:  # fmt: skip
         within = Deadlines().within  # an actor is a process that may end: what it had in hand is done again, carefully
         self._encoder = SpanEncoder(
-            build, preprocessing, encoding, device, sample_timeout=sample_timeout, within=within
+            build, preprocessing, encoding, device, decode_threads, sample_timeout=sample_timeout, within=within
         )
         self._device = device
 
-    def describe(self) -> str:
-        """See `encoder.describe_device`."""
-        return describe_device(self._device)
+    def describe(self, corpus: Path | None) -> Machine:
+        """Says where it runs, and whether a path of the corpus is there."""
+        return Machine(socket.gethostname(), describe_device(self._device), corpus is None or corpus.exists())
 
     def encode(
         self, shard: InputShard, first_span: int, stop_span: int, *, careful: bool
@@ -59,9 +65,14 @@ def write_remotely(order: Order, *spans: Span) -> Written:
 class RayHands:
     """Writer tasks on Ray: the `Hands` of assembly.py."""
 
+    def __init__(self, store: Place) -> None:
+        """Decides where they run: on this machine, when the store is a folder, which other machines need not have."""
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self._write = write_remotely.options(scheduling_strategy=here if isinstance(store, Folder) else "DEFAULT")
+
     def submit(self, order: Order, payloads: list[Any]) -> Any:
         """Starts a task; the payloads are references to spans."""
-        return write_remotely.remote(order, *payloads)
+        return self._write.remote(order, *payloads)
 
     def ready(self, handle: Any) -> bool:
         """Whether the task has ended, well or not."""

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 from pipelines.assembly import ArrivedSpan, SpanFacts
 from pipelines.corpus.plan import InputShard
 from pipelines.encoder import SPAN_SAMPLES
 from pipelines.errors import RunFailed
+from pipelines.fleet import Fleet
 from pipelines.watch import Watch
 from vqmill.commits import Cursor
 from vqmill.errors import CodesError
 
 WINDOW = 4  # input shards in flight for each actor: bounds what waits for its turn
 MAX_WAITING_SPANS = 64  # of an input shard whose turn has not come; beyond, its actor is left to wait
+WAITING_SECONDS = 10.0  # without anything new, until that is told
 MAX_DEATHS = 3  # a span that killed its actor so often, all but once in careful mode, stops the job
 CAREFUL_SPANS = 2  # after a death: the span that did not arrive, and the one that was decoded ahead of it
 
@@ -24,18 +27,15 @@ CAREFUL_SPANS = 2  # after a death: the span that did not arrive, and the one th
 class Encoders:
     """Actors that encode, started when there is work for them."""
 
-    def __init__(
-        self, shards: Sequence[InputShard], start_actor: Callable[[], Any], workers: int, computed_on: str
-    ) -> None:
+    def __init__(self, shards: Sequence[InputShard], fleet: Fleet, workers: int) -> None:
         """Takes note; starts nothing.
 
         Args:
             shards: the plan's.
-            start_actor: gives a new `remote.EncoderActor`.
+            fleet: starts actors.
             workers: how many to start at most.
-            computed_on: the kind of device that must encode, as `encoder.describe_device` names it.
         """
-        self._shards, self._start_actor, self._workers, self._computed_on = shards, start_actor, workers, computed_on
+        self._shards, self._fleet, self._workers = shards, fleet, workers
         self._actors: list[Any] = []
         self._numbers: dict[Any, int] = {}
 
@@ -48,34 +48,21 @@ class Encoders:
             watch: is told what the actors do.
 
         Raises:
-            RunFailed: an input shard keeps killing its worker, a worker failed otherwise, or machines are of different kinds.
+            RunFailed: an input shard keeps killing its worker, a worker failed otherwise or did not start, or machines differ.
         """
         stop_span = stop.span + bool(stop.row)
         units = stop.input_shard + bool(stop_span)
         if start.input_shard < units:
             self._staff(min(self._workers, units - start.input_shard))
-            watch.hired(len(self._actors))
+            watch.hired(1 + max(self._numbers.values(), default=-1))
             limits = {stop.input_shard: stop_span} if stop_span else {}
             window = WINDOW * self._workers
             yield from _Range(
-                self._shards, self._actors, self._numbers, self._start_actor, window, start, units, limits, watch
+                self._shards, self._actors, self._numbers, self._fleet, window, start, units, limits, watch
             ).run()
 
     def _staff(self, wanted: int) -> None:
-        import ray
-        from ray.exceptions import RayError
-
-        new = [self._start_actor() for _ in range(wanted - len(self._actors))]
-        try:
-            kinds = {self._computed_on, *ray.get([actor.describe.remote() for actor in new])}
-        except RayError as error:
-            raise RunFailed(f"an encoder worker did not start: {str(error).strip().splitlines()[-1]}") from error
-        if len(kinds) > 1:
-            raise RunFailed(
-                f"the machines differ ({'; '.join(sorted(kinds))}), and so might their codes. Run on machines of one kind."
-            )
-        self._numbers |= {actor: number for number, actor in enumerate(new, len(self._actors))}
-        self._actors += new
+        self._fleet.start(wanted - len(self._actors) - len(self._fleet.starting))
 
 
 @dataclass
@@ -96,7 +83,7 @@ class _Range:
         shards: the plan's input shards.
         idle: actors without work; all of them again at the end.
         numbers: of actors; who takes a dead one's place takes its number.
-        start_actor: replaces one that died.
+        fleet: brings actors that have started, and replaces one that died.
         window: input shards in flight.
         start: the first span.
         units: the first input shard not wanted.
@@ -107,7 +94,7 @@ class _Range:
     shards: Sequence[InputShard]
     idle: list[Any]
     numbers: dict[Any, int]
-    start_actor: Callable[[], Any]
+    fleet: Fleet
     window: int
     start: Cursor
     units: int
@@ -154,12 +141,19 @@ class _Range:
             self.watch.began(self.numbers[actor], unit, span)
 
     def _receive(self) -> None:
-        """Waits for a span, or for the end of an input shard."""
+        """Waits for a span, for the end of an input shard, or for an actor that has started."""
         import ray
         from ray.exceptions import RayError, RayTaskError
 
         wanted = [stream for stream, task in self.running.items() if self._has_room(task.unit)]
-        for stream in ray.wait(wanted, fetch_local=False)[0]:
+        self.watch.starting = len(self.fleet.starting)
+        ready = ray.wait([*self.fleet.starting, *wanted], timeout=WAITING_SECONDS, fetch_local=False)[0]
+        if not ready:
+            self.watch.show()
+        for stream in ready:
+            if stream in self.fleet.starting:
+                self._employ(self.fleet.welcome(stream))
+                continue
             task = self.running[stream]
             try:
                 facts, span = _next_span(stream)
@@ -180,13 +174,20 @@ class _Range:
             except RayError as error:
                 del self.running[stream]
                 self._bury(task, error)
-                self.idle.append(actor := self.start_actor())
-                self.numbers[actor] = self.numbers.pop(task.actor)
+                del self.numbers[task.actor]
+                self.fleet.start()
             else:
                 task.next_span = facts.index + 1
                 self.seen[task.unit] += facts.counts.seen
                 self.arrived.setdefault(task.unit, deque()).append(ArrivedSpan(task.unit, facts, span))
                 self.watch.arrived(self.numbers[task.actor], task.unit, facts)
+
+    def _employ(self, actors: list[Any]) -> None:
+        for actor in actors:
+            taken = set(self.numbers.values())
+            self.numbers[actor] = next(number for number in count() if number not in taken)
+            self.watch.hired(self.numbers[actor] + 1)
+            self.idle.append(actor)
 
     def _has_room(self, unit: int) -> bool:
         return unit == self.current or len(self.arrived.get(unit, ())) < MAX_WAITING_SPANS

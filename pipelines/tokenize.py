@@ -9,18 +9,19 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 from pipelines.assembly import extend, mend
 from pipelines.careful import SAMPLE_TIMEOUT
-from pipelines.cluster import ray_cluster
+from pipelines.cluster import WORKER_ENVIRONMENT, Crew, ray_crew
 from pipelines.corpus.images import Preprocessing
 from pipelines.corpus.plan import Plan
 from pipelines.encoder import Encoding, describe_device
 from pipelines.errors import RunFailed
+from pipelines.fleet import Fleet, Kinds
 from pipelines.foreign import packed, store_record
 from pipelines.growth import Job, grows, planned_job
-from pipelines.options import ImageFlags
+from pipelines.options import ClusterFlags, ImageFlags
 from pipelines.outputs import require_room
 from pipelines.shard_log import Note, shard_log
 from pipelines.spans import Encoders
@@ -44,12 +45,13 @@ class TokenizeOptions:
     Attributes:
         size: side of the square that images are made into, pixels.
         images: how they are.
-        encoding: batch size and precision.
+        encoding: batch size, precision, and whether networks are compiled.
         rows_per_shard: rows of a Zarr shard, or a few more when these divide badly; None for the store's own rule.
         codec: how chunks are compressed; None for the smallest on the first Zarr shard.
         sample_timeout: seconds that decoding an image may take.
-        workers: encoder actors; never shapes the result.
-        device: `cpu` or `cuda`.
+        workers: encoder actors; never shapes the result. None for as many as a cluster that is joined has room for.
+        device: `cpu` or `cuda`; of a cluster that is joined also `auto`.
+        cluster: where they run; but for `allow_mixed`, never shapes the result.
     """
 
     size: int
@@ -58,8 +60,9 @@ class TokenizeOptions:
     rows_per_shard: int | None = None
     codec: str | None = None
     sample_timeout: int = SAMPLE_TIMEOUT
-    workers: int = 1
+    workers: int | None = 1
     device: str = "cpu"
+    cluster: ClusterFlags = field(default_factory=ClusterFlags)
 
 
 @dataclass(frozen=True)
@@ -99,8 +102,10 @@ class TokenizeResult:
     waiting: int = 0
 
 
-def store_spec(plan: Plan, model: ImageTokenizer, options: TokenizeOptions) -> StoreSpec:
-    """The specification of the store that a job would make."""
+def store_spec(
+    plan: Plan, model: ImageTokenizer, options: TokenizeOptions, found: StoreSpec | None = None
+) -> StoreSpec:
+    """The specification of the store that a job would make, where `found` is."""
     levels = level_specs(model, options.size)
     wanted = options.rows_per_shard
     rows_per_shard = usable_rows_per_shard(levels, wanted) if wanted else default_rows_per_shard(levels)
@@ -109,8 +114,8 @@ def store_spec(plan: Plan, model: ImageTokenizer, options: TokenizeOptions) -> S
         rows_per_shard=rows_per_shard,
         tokenizer={
             **store_record(model),
-            "computed_on": describe_device(options.device),
-            **asdict(options.encoding),
+            "computed_on": _computed_on(options, found),
+            **options.encoding.to_dict(),
             "sample_timeout_seconds": options.sample_timeout,
         },
         preprocessing=_preprocessing(model, options).to_dict(),
@@ -125,6 +130,14 @@ def store_spec(plan: Plan, model: ImageTokenizer, options: TokenizeOptions) -> S
     )
 
 
+def _computed_on(options: TokenizeOptions, found: StoreSpec | None) -> str:
+    """What the store says of machines before the workers do, which are held against it: see `fleet.Kinds`."""
+    recorded = str(found.tokenizer.get("computed_on", "")) if found else ""
+    if options.cluster.address or (found and (options.cluster.allow_mixed or not recorded)):
+        return recorded
+    return describe_device(options.device)
+
+
 def _preprocessing(model: ImageTokenizer, options: TokenizeOptions) -> Preprocessing:
     return options.images.preprocessing(options.size, model.channels)
 
@@ -136,6 +149,7 @@ def tokenize_corpus(
     options: TokenizeOptions,
     progress: Progress,
     started: Callable[[], None] = lambda: None,
+    say: Callable[[str], None] = lambda text: None,
     *,
     retry: bool = False,
 ) -> TokenizeResult:
@@ -148,6 +162,7 @@ def tokenize_corpus(
         options: see there.
         progress: called with (samples done, samples in all, a note).
         started: called when there is work, before it begins.
+        say: called with which Ray is used.
         retry: instead, try again what a finished store has set aside, or go on with that; nothing is appended.
 
     Raises:
@@ -161,7 +176,7 @@ def tokenize_corpus(
     job = planned_job(plan, place, found, retry=retry)
     parts = job.parts
     if found:
-        job.require_same(place, found, store_spec(parts[-1], model, options), parts[-1])
+        job.require_same(place, found, store_spec(parts[-1], model, options, found), parts[-1])
     # A ragged Zarr shard is written anew beside the old one.
     kept = found.num_rows - found.num_rows % found.rows_per_shard if found else 0
     row_bytes = store_spec(plan, model, options).row_bytes + SAMPLE_BYTES
@@ -170,7 +185,7 @@ def tokenize_corpus(
     if worked:
         started()
     with shard_log(place) as (log, note):
-        outcomes = [_carry_out(part, model, place, options, progress, note, job) for part in parts]
+        outcomes = [_carry_out(part, model, place, options, progress, say, note, job) for part in parts]
     codes = open_codes(place)
     quarantine = codes.quarantine()
     reasons = Counter(str(reason) for reason in quarantine["reason"].to_pylist())
@@ -208,12 +223,13 @@ def _carry_out(
     out: Place,
     options: TokenizeOptions,
     progress: Progress,
+    say: Callable[[str], None],
     note: Note,
     job: Job,
 ) -> _Outcome:
     """Brings a plan to its end, unless it is there already."""
-    spec = store_spec(plan, model, options)
     found = find_spec(out)
+    spec = store_spec(plan, model, options, found)
     with StoreWriter(out, job.require_same(out, found, spec, plan) if found else spec) as writer:
         if found and job.retries:
             writer.grow(plan.digest, len(plan.shards), plan.num_samples, found.corpus, job.retries)
@@ -223,8 +239,10 @@ def _carry_out(
         workers: list[Worker] = []
         if not writer.spec.complete:
             mended = writer.missing_shards()
-            with ray_cluster(options.workers, options.device):
-                workers = _run(plan, model, writer, mended, options, progress, note)
+            cluster = options.cluster
+            with ray_crew(options.workers, options.device, cluster.share, cluster.address) as crew:
+                say(crew.summary)
+                workers = _run(plan, model, writer, mended, options, progress, note, crew)
             if writer.counts.seen != plan.num_samples:
                 raise RunFailed(
                     f"{out.name}: {plan.num_samples:,} samples were planned, {writer.counts.seen:,} came out; the store is left unfinished."
@@ -234,23 +252,13 @@ def _carry_out(
 
 
 def _run(
-    plan: Plan, model: ImageTokenizer, writer: StoreWriter, missing: list[int], options: TokenizeOptions, progress: Progress, note: Note
+    plan: Plan, model: ImageTokenizer, writer: StoreWriter, missing: list[int], options: TokenizeOptions, progress: Progress, note: Note, crew: Crew
 ) -> list[Worker]:  # fmt: skip
     """Makes again what is missing of the committed Zarr shards, then encodes what is not committed; says what each worker did for that."""
-    import ray
+    from pipelines.remote import RayHands
 
-    from pipelines.remote import EncoderActor, RayHands
-
-    gpus = 1 if options.device.startswith("cuda") else 0
-    preprocessing = _preprocessing(model, options)
-    arguments = (ray.put(packed(model)), preprocessing, options.encoding, options.device, options.sample_timeout)
-    encoders = Encoders(
-        plan.shards,
-        lambda: EncoderActor.options(num_cpus=1, num_gpus=gpus).remote(*arguments),
-        options.workers,
-        writer.spec.tokenizer["computed_on"],
-    )
-    hands, end = RayHands(), Cursor(len(plan.shards))
+    encoders = Encoders(plan.shards, _fleet(plan, model, writer, options, crew), crew.workers)
+    hands, end = RayHands(writer.store), Cursor(len(plan.shards))
     before = writer.counts
 
     def again(done: int, total: int, note: str) -> None:
@@ -264,3 +272,22 @@ def _run(
     working.show()
     extend(writer, encoders.between(writer.cursor, end, working), end.input_shard, hands)
     return working.workers
+
+
+def _fleet(plan: Plan, model: ImageTokenizer, writer: StoreWriter, options: TokenizeOptions, crew: Crew) -> Fleet:
+    """What starts encoder actors, as asked for."""
+    import ray
+
+    from pipelines.remote import EncoderActor
+
+    arguments = (
+        ray.put(packed(model)), _preprocessing(model, options), options.encoding, crew.device, options.cluster.threads, options.sample_timeout,
+    )  # fmt: skip
+    actor = EncoderActor.options(
+        num_cpus=crew.resources["CPU"],
+        num_gpus=crew.resources.get("GPU", 0),
+        runtime_env={"env_vars": WORKER_ENVIRONMENT},
+    )
+    kinds = Kinds(writer.spec.tokenizer["computed_on"], writer.record_machines, mixed=options.cluster.allow_mixed)
+    first = next(iter(plan.shards), None)
+    return Fleet(lambda: actor.remote(*arguments), kinds, first.first_file if first else None)

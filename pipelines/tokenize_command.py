@@ -15,7 +15,7 @@ import torch
 from pipelines.careful import SAMPLE_TIMEOUT
 from pipelines.encoder import Encoding
 from pipelines.foreign import ForeignTokenizer, load_tokenizer
-from pipelines.options import Codec, Device, ImageFlags, Precision, choose_device, default_workers
+from pipelines.options import ClusterFlags, Codec, Device, ImageFlags, Precision, choose_device, default_workers
 from pipelines.outputs import disk_bytes, refuse_inside, run_record
 from pipelines.planning import planned
 from pipelines.progress import meter
@@ -34,8 +34,8 @@ LISTED = 10
 
 def tokenize(
     corpus: str, tokenizer_path: Path | None, out: str | Path, *, module: str | None, size: int | None, workers: int | None, batch_size: int, shard_rows: int | None,
-    codec: Codec, precision: Precision, device: Device, dry_run: bool, limit: int | None = None,
-    retry_quarantined: bool = False, images: ImageFlags = ImageFlags(), sample_timeout: int = SAMPLE_TIMEOUT,
+    codec: Codec, precision: Precision, device: Device, dry_run: bool, limit: int | None = None, compiled: bool = False,
+    retry_quarantined: bool = False, images: ImageFlags = ImageFlags(), sample_timeout: int = SAMPLE_TIMEOUT, cluster: ClusterFlags = ClusterFlags(),
 ) -> Result:  # fmt: skip
     """Runs the command; see `vqmill tokenize --help`."""
     for flag, value in (
@@ -49,6 +49,8 @@ def tokenize(
             raise UsageError(f"{flag} must be at least 1, got {value}.")
     if shard_rows is not None and shard_rows > MOST_ROWS_PER_SHARD:
         raise UsageError(f"--shard-rows must be at most {MOST_ROWS_PER_SHARD:,}, got {shard_rows:,}.")
+    if compiled and module:
+        raise UsageError("--compile: your own code does that itself: give your factory's networks to torch.compile.")
     try:
         model = load_tokenizer(tokenizer_path, module)
         size = size if size is not None else model.size
@@ -57,10 +59,14 @@ def tokenize(
             model.encode(torch.zeros(1, model.channels, size, size, dtype=torch.uint8))
     except CodesError as error:
         raise UsageError(str(error)) from error
-    chosen = choose_device(device)
+    cluster = cluster.resolved()
+    chosen = device if cluster.address else choose_device(device)  # a cluster's head need not have a GPU
+    cluster.check_device(chosen)
+    if workers is None and not cluster.address:
+        workers = default_workers(chosen, cluster.share)
     options = TokenizeOptions(
-        size, trained_images(tokenizer_path, images), Encoding(batch_size, precision), shard_rows, None if codec == "auto" else codec,
-        sample_timeout, workers or default_workers(chosen), chosen,
+        size, trained_images(tokenizer_path, images), Encoding(batch_size, precision, compiled), shard_rows, None if codec == "auto" else codec,
+        sample_timeout, workers, chosen, cluster,
     )  # fmt: skip
     refuse_inside(out, corpus)
     place_of(out)  # an address that holds a secret is refused before it can be recorded
@@ -77,7 +83,7 @@ def tokenize(
 
     with meter("tokenizing", "samples") as show:
         # Said at the beginning, too: who finds an unfinished store looks there for the command that finishes it.
-        made = tokenize_corpus(plan, model, out, options, show, started=record, retry=retry_quarantined)
+        made = tokenize_corpus(plan, model, out, options, show, started=record, say=show.say, retry=retry_quarantined)
     if made.did_something or not run_file(out).exists():
         encoders = [worker.facts() for worker in made.workers]
         record(rows=made.rows, counts=asdict(made.counts), seconds=made.seconds, encoders=encoders)
@@ -92,7 +98,7 @@ def tokenize(
         )
     if shard_rows not in (None, made.rows_per_shard):
         lines.append(f"--shard-rows {shard_rows} was raised to {made.rows_per_shard}, which divides into good chunks")
-    if options.workers > len(plan.shards):
+    if options.workers and options.workers > len(plan.shards):
         lines.append(
             f"only {len(plan.shards)} of {options.workers} workers had something to do: the corpus is {len(plan.shards)} input shards"
         )

@@ -71,7 +71,12 @@ class ShardStatistics:
 
 
 class Watch:
-    """Is told by the driver what its workers do."""
+    """Is told by the driver what its workers do.
+
+    Attributes:
+        workers: those that have started, by number.
+        starting: how many have not.
+    """
 
     def __init__(
         self,
@@ -93,6 +98,7 @@ class Watch:
             note: called with the statistics of each input shard that is done.
         """
         self.workers: list[Worker] = []
+        self.starting = 0
         self._shards, self._before, self._total = shards, counts, total
         self._retried, self._show, self._note = retried, show, note
         self._new, self._reasons = Counts(), Counter[str]()
@@ -155,10 +161,12 @@ class Watch:
 
     def _health(self) -> str:
         """Workers in the words of a line; those that are well take none of it but their number."""
-        if not self.workers:
+        if not self.workers and not self.starting:
             return ""
         busy = [worker for worker in self.workers if worker.input_shard is not None]
         words = [f"{len(busy)} of {len(self.workers)} workers busy"]
+        if self.starting:
+            words.append(f"{self.starting} not started yet")
         if deaths := sum(worker.deaths for worker in self.workers):
             words.append(f"{deaths} replaced")
         now = time.monotonic()

@@ -136,6 +136,15 @@ class Tokenizer(nn.Module):
         parts = [self.net.encode(part) for part in whole.split(size)]
         return {name: torch.cat([part[name] for part in parts])[: len(ready)] for name in parts[0]}
 
+    def compile_encoder(self) -> None:
+        """From now on `encode` runs networks that torch.compile has made; quantizers stay as they are. Some codes may change.
+
+        The first batch of a size takes seconds to minutes. On CPUs a C++ compiler must be there.
+        """
+        for quantizer in self.net.quantizers.values():
+            quantizer.encode = torch.compiler.disable(quantizer.encode)  # pyright: ignore[reportAttributeAccessIssue] - of this one object
+        self.net.encode = torch.compile(self.net.encode, dynamic=False)
+
     def prepare(self, images: Tensor) -> Tensor:
         """Checks images (see `encode`) and gives them as float32 in [-1, 1], of the same shape."""
         config = self.config

@@ -200,6 +200,11 @@ class StoreWriter:
         self.spec = replace(self.spec, codec=codec)
         self._publish(complete=False)
 
+    def record_machines(self, computed_on: str) -> None:
+        """Says of what kinds the machines are that make the codes, before rows of another kind count."""
+        self.spec = replace(self.spec, tokenizer={**self.spec.tokenizer, "computed_on": computed_on})
+        self._publish(complete=False)
+
     def grow(self, plan: str, input_shards: int, num_samples: int, corpus: Mapping[str, Any], retries: int = 0) -> None:
         """Takes up a longer plan, of which the store's is a true beginning.
 

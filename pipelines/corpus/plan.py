@@ -139,6 +139,21 @@ class InputShard:
             case Retried(base=base):
                 return base.remote
 
+    @property
+    def first_file(self) -> Path | None:
+        """The file that reading it begins with; None when it lies in a bucket."""
+        match self.content:
+            case _ if self.remote:
+                return None
+            case FileBundle(root=root, files=files):
+                return Path(root, files[0].path)
+            case TarFile(path=path):
+                return Path(path)
+            case IdxRange(files=pair):
+                return Path(pair.images)
+            case Retried(base=base):
+                return base.first_file
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 (hex) of its names, sizes and labels, and of what a server calls its state; paths outside the corpus and times have no part in it."""

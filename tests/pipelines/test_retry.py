@@ -21,6 +21,7 @@ import vqmill
 from pipelines import tokenize as tokenize_module
 from pipelines.assembly import ArrivedSpan, Order, SpanFacts, carry_out, extend, mend
 from pipelines.cli import app
+from pipelines.cluster import Crew
 from pipelines.corpus.images import Preprocessing
 from pipelines.corpus.plan import Plan
 from pipelines.encoder import SpanEncoder
@@ -72,8 +73,8 @@ class Here:
 
 
 def run_here(
-    plan: Plan, model: Any, writer: StoreWriter, missing: list[int], options: TokenizeOptions, progress: Any, note: Any
-) -> list[Worker]:
+    plan: Plan, model: Any, writer: StoreWriter, missing: list[int], options: TokenizeOptions, progress: Any, note: Any, crew: Crew
+) -> list[Worker]:  # fmt: skip
     """As the driver does, without its actors: most tests need no processes."""
     encoder = SpanEncoder(
         packed(model), Preprocessing(size=options.size, channels=model.channels), options.encoding, options.device
@@ -95,7 +96,7 @@ def run_here(
 def in_this_process(monkeypatch: pytest.MonkeyPatch, no_fsync: None) -> None:
     monkeypatch.setattr("torch.set_num_threads", lambda number: None)
     monkeypatch.setattr(tokenize_module, "_run", run_here)
-    monkeypatch.setattr(tokenize_module, "ray_cluster", lambda workers, device: nullcontext())
+    monkeypatch.setattr(tokenize_module, "ray_crew", lambda *asked: nullcontext(Crew(1, "cpu", {}, False, "none")))
 
 
 class Corpus:

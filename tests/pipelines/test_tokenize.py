@@ -23,8 +23,9 @@ import vqmill
 from pipelines import encoder
 from pipelines.corpus.images import Preprocessing
 from pipelines.corpus.plan import plan_corpus
-from pipelines.encoder import Encoding
+from pipelines.encoder import Encoding, describe_device
 from pipelines.errors import RunFailed
+from pipelines.fleet import Fleet, Kinds, Machine
 from pipelines.foreign import packed
 from pipelines.tokenize import TokenizeOptions, TokenizeResult, tokenize_corpus
 from pipelines.tokenize_command import next_command
@@ -163,10 +164,8 @@ def test_an_input_shard_that_keeps_killing_its_actor_is_named(
                 def __init__(self, *arguments: Any) -> None:
                     pass
 
-                def describe(self) -> str:
-                    from pipelines.encoder import describe_device
-
-                    return describe_device("cpu")
+                def describe(self, corpus: Path) -> Machine:
+                    return Machine("here", describe_device("cpu"), corpus.exists())
 
                 def encode(self, shard: Any, first_span: int, stop_span: int, careful: bool) -> Any:
                     os._exit(9)
@@ -186,15 +185,15 @@ def test_an_input_shard_that_ends_early_stops_the_job(scenes: str) -> None:
     from pipelines.spans import _Range, _Running
     from pipelines.watch import Watch
 
-    plan = plan_corpus(scenes)
+    plan, fleet = plan_corpus(scenes), Fleet(lambda: None, Kinds("cpu", print))
     unwatched = Watch(plan.shards, Counts(), plan.num_samples, lambda seen: 0, quiet, lambda line: None)
     shards = (*plan.shards[:2], replace(plan.shards[2], num_samples=101))
-    stretch = _Range(shards, [], {}, lambda: None, 4, Cursor(), 3, {}, unwatched)
+    stretch = _Range(shards, [], {}, fleet, 4, Cursor(), 3, {}, unwatched)
     stretch.seen[2] = 100
     with pytest.raises(RunFailed, match="gave 100 samples, 101 were planned"):
         stretch._require_whole(_Running(2, None, 1, 1))
     shards = (replace(plan.shards[0], num_samples=600),)
-    stretch = _Range(shards, [], {}, lambda: None, 4, Cursor(0, 1), 1, {0: 2}, unwatched)
+    stretch = _Range(shards, [], {}, fleet, 4, Cursor(0, 1), 1, {0: 2}, unwatched)
     stretch.seen[0] = 256
     stretch._require_whole(_Running(0, None, 2, 2))
 

@@ -52,6 +52,20 @@ def facts(index: int, good: int, seconds: float = 1.0, **reasons: int) -> SpanFa
     return SpanFacts(index, good, Counts(good, sum(reasons.values())), reasons, seconds)
 
 
+def test_the_display_says_how_many_workers_have_not_started() -> None:
+    seen = Seen()
+    seen.watch.starting = 3
+    seen.watch.show()
+    seen.watch.hired(1)
+    seen.watch.starting = 2
+    seen.watch.began(0, 0, 0)
+    seen.watch.show()
+    assert [note for _, _, note in seen.shown] == [
+        "0 of 0 workers busy, 3 not started yet",
+        "1 of 1 workers busy, 2 not started yet",
+    ]
+
+
 def test_the_display_counts_earlier_runs_and_names_reasons_and_workers() -> None:
     seen = Seen(Counts(90, 10))
     seen.watch.show()
