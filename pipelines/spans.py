@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,13 +38,16 @@ class Encoders:
 
     def between(
         self, start: Cursor, stop: Cursor, arrived: Callable[[SpanFacts], None] = lambda facts: None
-    ) -> Iterator[ArrivedSpan]:
+    ) -> Generator[ArrivedSpan, None, None]:
         """Encodes from one cursor to another; of a span in which `stop` lies, all.
 
         Args:
             start: the first span wanted.
             stop: the first one not wanted, unless it has rows before `stop`.
             arrived: called with each span as it arrives, in any order.
+
+        Returns:
+            The spans in corpus order. Who wants no more of them closes it.
 
         Raises:
             RunFailed: an input shard keeps killing its worker, a worker failed otherwise, or machines are of different kinds.
@@ -58,6 +61,13 @@ class Encoders:
             yield from _Range(
                 self._shards, self._actors, self._start_actor, window, start, units, limits, arrived
             ).run()
+
+    def close(self) -> None:
+        """Ends the actors that are idle; those at work end when what `between` gave is closed."""
+        import ray
+
+        while self._actors:
+            ray.kill(self._actors.pop())
 
     def _staff(self, wanted: int) -> None:
         import ray
@@ -117,11 +127,17 @@ class _Range:
     def __post_init__(self) -> None:
         self.current = self.next_unit = self.start.input_shard
 
-    def run(self) -> Iterator[ArrivedSpan]:
-        while self.current < self.units:
-            self._assign()
-            self._receive()
-            yield from self._in_order()
+    def run(self) -> Generator[ArrivedSpan, None, None]:
+        import ray
+
+        try:
+            while self.current < self.units:
+                self._assign()
+                self._receive()
+                yield from self._in_order()
+        finally:  # nobody wants the rest
+            for task in self.running.values():
+                ray.kill(task.actor)
 
     def _first_span(self, unit: int) -> int:
         return self.start.span if unit == self.start.input_shard else 0

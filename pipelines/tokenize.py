@@ -6,9 +6,11 @@ cuts Zarr shards in corpus order, has writer tasks write them, and commits them 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 
 from pipelines.assembly import ArrivedSpan, extend, mend
@@ -16,7 +18,7 @@ from pipelines.cluster import ray_cluster
 from pipelines.corpus.images import Preprocessing
 from pipelines.corpus.plan import Plan
 from pipelines.encoder import Encoding, describe_device
-from pipelines.errors import RunFailed
+from pipelines.errors import RunFailed, WriteLost
 from pipelines.foreign import packed, store_record
 from pipelines.growth import Job, grows, planned_job
 from pipelines.options import ImageFlags
@@ -30,7 +32,10 @@ from vqmill.spec import Segment, StoreSpec, default_rows_per_shard, usable_rows_
 from vqmill.store import open_codes
 from vqmill.writer import StoreWriter
 
+MAX_LOSSES = 3  # one after the other, without a commit in between; then it is not for lost machines
 SAMPLE_BYTES = 256  # what a row of the samples table takes on the disk without long captions
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -220,25 +225,31 @@ def _run(
     plan: Plan, model: ImageTokenizer, writer: StoreWriter, missing: list[int], options: TokenizeOptions,
     progress: Callable[[int, int, str], None],
 ) -> None:  # fmt: skip
-    """Makes again what is missing of the committed Zarr shards, then encodes what is not committed."""
+    """Makes again what is missing of the committed Zarr shards, then encodes what is not committed; again, when machines were lost with spans."""
+    losses, committed = 0, writer.cursor
+    while True:
+        try:
+            return _try(plan, model, writer, missing, options, progress)
+        except WriteLost as error:
+            log.warning("%s; encoding again what is not committed", error)
+            losses = losses + 1 if writer.cursor == committed else 1
+            if losses == MAX_LOSSES:
+                raise
+            committed, missing = writer.cursor, writer.missing_shards()
+
+
+def _try(
+    plan: Plan, model: ImageTokenizer, writer: StoreWriter, missing: list[int], options: TokenizeOptions,
+    progress: Callable[[int, int, str], None],
+) -> None:  # fmt: skip
     import ray
 
     from pipelines.remote import EncoderActor, RayHands
 
     gpus = 1 if options.device.startswith("cuda") else 0
     arguments = (ray.put(packed(model)), _preprocessing(model, options), options.encoding, options.device)
-    encoders = Encoders(
-        plan.shards,
-        lambda: EncoderActor.options(num_cpus=1, num_gpus=gpus).remote(*arguments),
-        options.workers,
-        writer.spec.tokenizer["computed_on"],
-    )
     hands, end = RayHands(), Cursor(len(plan.shards))
     counts = writer.counts
-
-    def lost(start: Cursor, stop: Cursor) -> Iterator[ArrivedSpan]:
-        progress(counts.seen, plan.num_samples, "making lost Zarr shards again")
-        return encoders.between(start, stop)
 
     def show(new: Counts) -> None:
         nonlocal counts
@@ -246,6 +257,20 @@ def _run(
         quarantined = counts.quarantined - writer.spec.retried(counts.seen)
         progress(counts.seen, plan.num_samples, f"{quarantined:,} quarantined" if quarantined else "")
 
-    mend(writer, missing, lost, hands)
-    show(Counts())
-    extend(writer, encoders.between(writer.cursor, end, lambda facts: show(facts.counts)), end.input_shard, hands)
+    with ExitStack() as stack:  # actors end with it, at work or not
+        encoders = Encoders(
+            plan.shards,
+            lambda: EncoderActor.options(num_cpus=1, num_gpus=gpus).remote(*arguments),
+            options.workers,
+            writer.spec.tokenizer["computed_on"],
+        )
+        stack.callback(encoders.close)
+
+        def lost(start: Cursor, stop: Cursor) -> Iterable[ArrivedSpan]:
+            progress(counts.seen, plan.num_samples, "making lost Zarr shards again")
+            return stack.enter_context(closing(encoders.between(start, stop)))
+
+        mend(writer, missing, lost, hands)
+        show(Counts())
+        spans = encoders.between(writer.cursor, end, lambda facts: show(facts.counts))
+        extend(writer, stack.enter_context(closing(spans)), end.input_shard, hands)

@@ -55,7 +55,7 @@ def test_a_disk_that_fills_up(
     monkeypatch.setattr(tokenize_module, "require_room", lambda place, needed: None)  # others take it later
     filler = disk / "filler"
     held = 0
-    for left in (60_000, 150_000, 250_000):
+    for left in (30_000, 250_000):
         filler.write_bytes(bytes(DISK_BYTES - left))
         assert app(asked) == 1
         said = capsys.readouterr().err

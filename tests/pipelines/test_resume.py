@@ -48,7 +48,7 @@ def test_another_job_does_not_go_on_with_it(
         "size": {"--size": "32"},
         "batch size": {"--batch-size": "8"},
         "rows": {"--shard-rows": "40"},
-        "crop": {"--fit": "stretch"},
+        "crop": {"--fit": "pad"},
     }
     corpus = {"order": "{000000,000002,000001}", "fewer": "{000000..000001}"}.get(change, "{000000..000002}")
     flags |= more.get(change, {})
