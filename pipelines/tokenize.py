@@ -23,7 +23,9 @@ from pipelines.foreign import packed, store_record
 from pipelines.growth import Job, grows, planned_job
 from pipelines.options import ImageFlags
 from pipelines.outputs import require_room
+from pipelines.shard_log import Note, shard_log
 from pipelines.spans import Encoders
+from pipelines.watch import Watch, Worker
 from tokenizer.protocol import ImageTokenizer, level_specs
 from vqmill.commits import Counts, Cursor, counts_of
 from vqmill.layout import find_spec
@@ -32,6 +34,7 @@ from vqmill.spec import Segment, StoreSpec, default_rows_per_shard, usable_rows_
 from vqmill.store import open_codes
 from vqmill.writer import StoreWriter
 
+Progress = Callable[[int, int, str], None]
 MAX_LOSSES = 3  # one after the other, without a commit in between; then it is not for lost machines
 SAMPLE_BYTES = 256  # what a row of the samples table takes on the disk without long captions
 
@@ -78,6 +81,8 @@ class TokenizeResult:
         waiting: samples of the corpus behind those that a retry looks at.
         rows_per_shard: of the store.
         seconds: of this run.
+        workers: what each encoder actor did.
+        statistics: the file with a line for each input shard that this run came to the end of; empty when there was nothing to do.
     """
 
     counts: Counts
@@ -89,6 +94,8 @@ class TokenizeResult:
     reasons: dict[str, int]
     rows_per_shard: int
     seconds: float
+    workers: tuple[Worker, ...] = ()
+    statistics: str = ""
     retried: int = 0
     still_bad: tuple[dict[str, str], ...] = ()
     waiting: int = 0
@@ -128,7 +135,7 @@ def tokenize_corpus(
     model: ImageTokenizer,
     out: Where,
     options: TokenizeOptions,
-    progress: Callable[[int, int, str], None],
+    progress: Progress,
     started: Callable[[], None] = lambda: None,
     *,
     retry: bool = False,
@@ -163,7 +170,8 @@ def tokenize_corpus(
     worked = not (found and found.complete and len(parts[-1].shards) == found.segments[-1].input_shards)
     if worked:
         started()
-    outcomes = [_carry_out(part, model, place, options, progress, job) for part in parts]
+    with shard_log(place) as (statistics, note):
+        outcomes = [_carry_out(part, model, place, options, progress, note, job) for part in parts]
     codes = open_codes(place)
     quarantine = codes.quarantine()
     reasons = Counter(str(reason) for reason in quarantine["reason"].to_pylist())
@@ -180,16 +188,19 @@ def tokenize_corpus(
         seconds=time.monotonic() - start,
         retried=last.retries if retry and worked else 0,
         still_bad=tuple(quarantine.select(["key", "source", "reason", "detail"]).to_pylist()) if retry else (),
+        workers=tuple(worker for outcome in outcomes for worker in outcome.workers),
+        statistics=str(statistics) if worked else "",
         waiting=plan.num_samples - (parts[-1].num_samples - parts[-1].num_retried) if retry else 0,
     )
 
 
 @dataclass(frozen=True)
 class _Outcome:
-    """Counts of all commits of a plan that is brought to its end, and the Zarr shards that had to be made again for it."""
+    """Counts of all commits of a plan that is brought to its end, and for this the Zarr shards that were made again, and the workers."""
 
     counts: Counts
     mended: list[int]
+    workers: list[Worker]
 
 
 def _carry_out(
@@ -197,7 +208,8 @@ def _carry_out(
     model: ImageTokenizer,
     out: Place,
     options: TokenizeOptions,
-    progress: Callable[[int, int, str], None],
+    progress: Progress,
+    note: Note,
     job: Job,
 ) -> _Outcome:
     """Brings a plan to its end, unless it is there already."""
@@ -209,27 +221,30 @@ def _carry_out(
         elif found and grows(found, plan):
             writer.grow(plan.digest, len(plan.shards), plan.num_samples, spec.corpus)
         mended: list[int] = []
+        workers: list[Worker] = []
         if not writer.spec.complete:
             mended = writer.missing_shards()
             with ray_cluster(options.workers, options.device):
-                _run(plan, model, writer, mended, options, progress)
+                workers = _run(plan, model, writer, mended, options, progress, note)
             if writer.counts.seen != plan.num_samples:
                 raise RunFailed(
                     f"{out.name}: {plan.num_samples:,} samples were planned, {writer.counts.seen:,} came out; the store is left unfinished."
                 )
             writer.finish()
-        return _Outcome(counts_of(writer.spec, writer.commits), mended)
+        return _Outcome(counts_of(writer.spec, writer.commits), mended, workers)
 
 
 def _run(
-    plan: Plan, model: ImageTokenizer, writer: StoreWriter, missing: list[int], options: TokenizeOptions,
-    progress: Callable[[int, int, str], None],
-) -> None:  # fmt: skip
-    """Makes again what is missing of the committed Zarr shards, then encodes what is not committed; again, when machines were lost with spans."""
+    plan: Plan, model: ImageTokenizer, writer: StoreWriter, missing: list[int], options: TokenizeOptions, progress: Progress, note: Note
+) -> list[Worker]:  # fmt: skip
+    """Makes again what is missing of the committed Zarr shards, then encodes what is not committed.
+
+    When machines are lost with spans that were to be written, begins anew behind the last commit. Says what each worker did since then.
+    """
     losses, committed = 0, writer.cursor
     while True:
         try:
-            return _try(plan, model, writer, missing, options, progress)
+            return _try(plan, model, writer, missing, options, progress, note)
         except WriteLost as error:
             log.warning("%s; encoding again what is not committed", error)
             losses = losses + 1 if writer.cursor == committed else 1
@@ -239,9 +254,8 @@ def _run(
 
 
 def _try(
-    plan: Plan, model: ImageTokenizer, writer: StoreWriter, missing: list[int], options: TokenizeOptions,
-    progress: Callable[[int, int, str], None],
-) -> None:  # fmt: skip
+    plan: Plan, model: ImageTokenizer, writer: StoreWriter, missing: list[int], options: TokenizeOptions, progress: Progress, note: Note
+) -> list[Worker]:  # fmt: skip
     import ray
 
     from pipelines.remote import EncoderActor, RayHands
@@ -249,14 +263,15 @@ def _try(
     gpus = 1 if options.device.startswith("cuda") else 0
     arguments = (ray.put(packed(model)), _preprocessing(model, options), options.encoding, options.device)
     hands, end = RayHands(), Cursor(len(plan.shards))
-    counts = writer.counts
+    before = writer.counts
 
-    def show(new: Counts) -> None:
-        nonlocal counts
-        counts = counts + new
-        quarantined = counts.quarantined - writer.spec.retried(counts.seen)
-        progress(counts.seen, plan.num_samples, f"{quarantined:,} quarantined" if quarantined else "")
+    def again(done: int, total: int, note: str) -> None:
+        progress(before.seen, plan.num_samples, f"making lost Zarr shards again; {note}")
 
+    def watch(show: Progress, note: Note) -> Watch:
+        return Watch(plan.shards, before, plan.num_samples, writer.spec.retried, show, note)
+
+    mending, working = watch(again, lambda facts: None), watch(progress, note)
     with ExitStack() as stack:  # actors end with it, at work or not
         encoders = Encoders(
             plan.shards,
@@ -266,11 +281,10 @@ def _try(
         )
         stack.callback(encoders.close)
 
-        def lost(start: Cursor, stop: Cursor) -> Iterable[ArrivedSpan]:
-            progress(counts.seen, plan.num_samples, "making lost Zarr shards again")
-            return stack.enter_context(closing(encoders.between(start, stop)))
+        def spans(start: Cursor, stop: Cursor, watch: Watch) -> Iterable[ArrivedSpan]:
+            return stack.enter_context(closing(encoders.between(start, stop, watch)))
 
-        mend(writer, missing, lost, hands)
-        show(Counts())
-        spans = encoders.between(writer.cursor, end, lambda facts: show(facts.counts))
-        extend(writer, stack.enter_context(closing(spans)), end.input_shard, hands)
+        mend(writer, missing, lambda start, stop: spans(start, stop, mending), hands)
+        working.show()
+        extend(writer, spans(writer.cursor, end, working), end.input_shard, hands)
+    return working.workers

@@ -19,7 +19,8 @@ from pipelines.encoder import Encoding, Span, describe_device
 from pipelines.errors import RunFailed, WriteLost
 from pipelines.foreign import packed
 from pipelines.spans import Encoders
-from vqmill.commits import Cursor
+from pipelines.watch import Watch
+from vqmill.commits import Counts, Cursor
 from vqmill.places import place_of
 from vqmill.tables import QUARANTINE_SCHEMA, SAMPLES_SCHEMA
 
@@ -51,10 +52,10 @@ def test_lost_spans_are_encoded_again_while_that_leads_anywhere(
     monkeypatch.setattr(tokenize_module, "_try", attempt)
     job: Any = SimpleNamespace()
     if commits[-1] is None:
-        tokenize_module._run(job, job, writer, [7], job, job)  # pyright: ignore
+        tokenize_module._run(job, job, writer, [7], job, job, job)  # pyright: ignore
     else:
         with pytest.raises(WriteLost):
-            tokenize_module._run(job, job, writer, [7], job, job)  # pyright: ignore
+            tokenize_module._run(job, job, writer, [7], job, job, job)  # pyright: ignore
     assert len(missing) == tries
     assert missing[0] == [7]
     assert missing[1:] == [[sum(commits[: number + 1])] for number in range(tries - 1)]
@@ -68,14 +69,15 @@ def test_actors_end_when_nobody_wants_the_rest(scenes: str, tokenizer_folder: Pa
 
     from pipelines.remote import EncoderActor
 
-    model, started = packed(tokenizer.load(tokenizer_folder)), []
+    model, started, plan = packed(tokenizer.load(tokenizer_folder)), [], plan_corpus(scenes)
 
     def start_actor() -> Any:
         started.append(EncoderActor.remote(model, Preprocessing(size=16, channels=3), Encoding(), "cpu"))
         return started[-1]
 
-    encoders = Encoders(plan_corpus(scenes).shards, start_actor, 2, describe_device("cpu"))
-    spans = encoders.between(Cursor(), Cursor(3))
+    encoders = Encoders(plan.shards, start_actor, 2, describe_device("cpu"))
+    watch = Watch(plan.shards, Counts(), 300, lambda seen: 0, lambda *shown: None, lambda facts: None)
+    spans = encoders.between(Cursor(), Cursor(3), watch)
     assert next(spans).facts.rows == 100
     spans.close()
     encoders.close()
