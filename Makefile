@@ -7,10 +7,10 @@ BENCH ?= # names of measurements; all without one
 DEMO_OUT ?= demo
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench docs clean
+.PHONY: help demo test test-chaos lint bench docs clean
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-6s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 $(VENV)/.base: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +34,9 @@ demo: $(VENV)/.base ## generated images through the whole chain, in under two mi
 
 test: $(VENV)/.dev ## all tests; those on real data run where VQMILL_DATA or ../shared/data is
 	$(BIN)/pytest
+
+test-chaos: $(VENV)/.dev ## a hundred kills and more, and servers that fail, for a quarter of an hour; VQMILL_CHAOS_SEED=N repeats one
+	$(BIN)/pytest -m chaos
 
 lint: $(VENV)/.dev ## format, lint, types and one-way imports
 	$(BIN)/ruff format --check .

@@ -12,7 +12,7 @@ from pathlib import Path
 from cyclopts import App
 
 import vqmill
-from pipelines.errors import Diverged, RunFailed
+from pipelines.errors import Diverged, RunFailed, told
 from pipelines.options import Common
 from pipelines.results import FAILED, USAGE, Result, plain_console, printable
 from vqmill.errors import CodesError, UsageError
@@ -53,9 +53,9 @@ def run(common: Common, job: Callable[[], Result]) -> int:
         errors.print(printable(f"error: {error}"))
         return _failed(common, FAILED, str(error))
     except (RunFailed, OSError) as error:
-        errors.print(printable(f"error: {error}"))
+        errors.print(printable(f"error: {told(error)}"))
         errors.print(f"To try again: {_command()}")
-        return _failed(common, FAILED, str(error))
+        return _failed(common, FAILED, told(error))
     except KeyboardInterrupt:
         errors.print(
             f"stopped. Whatever was committed, or saved as a resume point, is kept; the same command goes on from there: {_command()}"

@@ -17,7 +17,7 @@ from pipelines.corpus.images import Preprocessing
 from pipelines.corpus.plan import InputShard
 from pipelines.deadlines import Deadlines
 from pipelines.encoder import Encoding, Span, SpanEncoder, describe_device
-from pipelines.errors import RunFailed
+from pipelines.errors import RunFailed, WriteLost, told
 from pipelines.fleet import Machine
 from tokenizer.protocol import ImageTokenizer
 from vqmill.errors import CodesError
@@ -83,6 +83,7 @@ class RayHands:
 
         Raises:
             CodesError: what it read or was given is wrong.
+            WriteLost: its spans were lost with a machine, or its own process was, over and over.
             RunFailed: it could not write.
         """
         try:
@@ -90,10 +91,10 @@ class RayHands:
         except RayTaskError as error:
             if isinstance(error.cause, CodesError):
                 raise error.cause from error
-            raise RunFailed(
-                f"a Zarr shard could not be written: {error.cause!r}. What was committed before is safe."
+            # A lost span is an argument that could not be had: of many kinds, even that of an actor which is gone.
+            kind = WriteLost if isinstance(error.cause, RayError) else RunFailed
+            raise kind(
+                f"a Zarr shard could not be written; what was committed before is safe: {told(error.cause)}"
             ) from error
         except RayError as error:
-            raise RunFailed(
-                f"a Zarr shard could not be written: {error}. What was committed before is safe."
-            ) from error
+            raise WriteLost(f"a Zarr shard could not be written; what was committed before is safe: {error}") from error

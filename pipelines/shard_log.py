@@ -29,9 +29,12 @@ def shard_log(store: Where) -> Iterator[tuple[FileAt, Note]]:
         line = json.dumps(facts, ensure_ascii=False) + "\n"
         if isinstance(beside, Folder):
             path = beside.path / file.file
-            path.parent.mkdir(exist_ok=True)
-            with path.open("a", encoding="utf-8") as log:
-                log.write(line)
+            try:
+                path.parent.mkdir(exist_ok=True)
+                with path.open("a", encoding="utf-8") as log:
+                    log.write(line)
+            except OSError as error:  # a full disk names no file
+                raise OSError(error.errno, error.strerror, str(path)) from error
         else:
             lines.append(line)
 

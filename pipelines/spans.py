@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -39,13 +39,16 @@ class Encoders:
         self._actors: list[Any] = []
         self._numbers: dict[Any, int] = {}
 
-    def between(self, start: Cursor, stop: Cursor, watch: Watch) -> Iterator[ArrivedSpan]:
+    def between(self, start: Cursor, stop: Cursor, watch: Watch) -> Generator[ArrivedSpan, None, None]:
         """Encodes from one cursor to another; of a span in which `stop` lies, all.
 
         Args:
             start: the first span wanted.
             stop: the first one not wanted, unless it has rows before `stop`.
             watch: is told what the actors do.
+
+        Returns:
+            The spans in corpus order. Who wants no more of them closes it.
 
         Raises:
             RunFailed: an input shard keeps killing its worker, a worker failed otherwise or did not start, or machines differ.
@@ -60,6 +63,13 @@ class Encoders:
             yield from _Range(
                 self._shards, self._actors, self._numbers, self._fleet, window, start, units, limits, watch
             ).run()
+
+    def close(self) -> None:
+        """Ends the actors that are idle or starting; those at work end when what `between` gave is closed."""
+        import ray
+
+        for actor in (*self._actors, *self._fleet.starting.values()):
+            ray.kill(actor)
 
     def _staff(self, wanted: int) -> None:
         self._fleet.start(wanted - len(self._actors) - len(self._fleet.starting))
@@ -110,11 +120,17 @@ class _Range:
     def __post_init__(self) -> None:
         self.current = self.next_unit = self.start.input_shard
 
-    def run(self) -> Iterator[ArrivedSpan]:
-        while self.current < self.units:
-            self._assign()
-            self._receive()
-            yield from self._in_order()
+    def run(self) -> Generator[ArrivedSpan, None, None]:
+        import ray
+
+        try:
+            while self.current < self.units:
+                self._assign()
+                self._receive()
+                yield from self._in_order()
+        finally:  # nobody wants the rest
+            for task in self.running.values():
+                ray.kill(task.actor)
 
     def _first_span(self, unit: int) -> int:
         return self.start.span if unit == self.start.input_shard else 0

@@ -6,18 +6,20 @@ cuts Zarr shards in corpus order, has writer tasks write them, and commits them 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 
-from pipelines.assembly import extend, mend
+from pipelines.assembly import ArrivedSpan, extend, mend
 from pipelines.careful import SAMPLE_TIMEOUT
 from pipelines.cluster import WORKER_ENVIRONMENT, Crew, ray_crew
 from pipelines.corpus.images import Preprocessing
 from pipelines.corpus.plan import Plan
 from pipelines.encoder import Encoding, describe_device
-from pipelines.errors import RunFailed
+from pipelines.errors import RunFailed, WriteLost
 from pipelines.fleet import Fleet, Kinds
 from pipelines.foreign import packed, store_record
 from pipelines.growth import Job, grows, planned_job
@@ -35,7 +37,10 @@ from vqmill.store import open_codes
 from vqmill.writer import StoreWriter
 
 Progress = Callable[[int, int, str], None]
+MAX_LOSSES = 3  # one after the other, without a commit in between; then it is not for lost machines
 SAMPLE_BYTES = 256  # what a row of the samples table takes on the disk without long captions
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -184,7 +189,7 @@ def tokenize_corpus(
     worked = not (found and found.complete and len(parts[-1].shards) == found.segments[-1].input_shards)
     if worked:
         started()
-    with shard_log(place) as (log, note):
+    with shard_log(place) as (statistics, note):
         outcomes = [_carry_out(part, model, place, options, progress, say, note, job) for part in parts]
     codes = open_codes(place)
     quarantine = codes.quarantine()
@@ -203,7 +208,7 @@ def tokenize_corpus(
         retried=last.retries if retry and worked else 0,
         still_bad=tuple(quarantine.select(["key", "source", "reason", "detail"]).to_pylist()) if retry else (),
         workers=tuple(worker for outcome in outcomes for worker in outcome.workers),
-        statistics=str(log) if worked else "",
+        statistics=str(statistics) if worked else "",
         waiting=plan.num_samples - (parts[-1].num_samples - parts[-1].num_retried) if retry else 0,
     )
 
@@ -254,10 +259,27 @@ def _carry_out(
 def _run(
     plan: Plan, model: ImageTokenizer, writer: StoreWriter, missing: list[int], options: TokenizeOptions, progress: Progress, note: Note, crew: Crew
 ) -> list[Worker]:  # fmt: skip
-    """Makes again what is missing of the committed Zarr shards, then encodes what is not committed; says what each worker did for that."""
+    """Makes again what is missing of the committed Zarr shards, then encodes what is not committed.
+
+    When machines are lost with spans that were to be written, begins anew behind the last commit. Says what each worker did since then.
+    """
+    losses, committed = 0, writer.cursor
+    while True:
+        try:
+            return _try(plan, model, writer, missing, options, progress, note, crew)
+        except WriteLost as error:
+            log.warning("%s; encoding again what is not committed", error)
+            losses = losses + 1 if writer.cursor == committed else 1
+            if losses == MAX_LOSSES:
+                raise
+            committed, missing = writer.cursor, writer.missing_shards()
+
+
+def _try(
+    plan: Plan, model: ImageTokenizer, writer: StoreWriter, missing: list[int], options: TokenizeOptions, progress: Progress, note: Note, crew: Crew
+) -> list[Worker]:  # fmt: skip
     from pipelines.remote import RayHands
 
-    encoders = Encoders(plan.shards, _fleet(plan, model, writer, options, crew), crew.workers)
     hands, end = RayHands(writer.store), Cursor(len(plan.shards))
     before = writer.counts
 
@@ -268,9 +290,16 @@ def _run(
         return Watch(plan.shards, before, plan.num_samples, writer.spec.retried, show, note)
 
     mending, working = watch(again, lambda facts: None), watch(progress, note)
-    mend(writer, missing, lambda start, stop: encoders.between(start, stop, mending), hands)
-    working.show()
-    extend(writer, encoders.between(writer.cursor, end, working), end.input_shard, hands)
+    with ExitStack() as stack:  # actors end with it, at work or not
+        encoders = Encoders(plan.shards, _fleet(plan, model, writer, options, crew), crew.workers)
+        stack.callback(encoders.close)
+
+        def spans(start: Cursor, stop: Cursor, watch: Watch) -> Iterable[ArrivedSpan]:
+            return stack.enter_context(closing(encoders.between(start, stop, watch)))
+
+        mend(writer, missing, lambda start, stop: spans(start, stop, mending), hands)
+        working.show()
+        extend(writer, spans(writer.cursor, end, working), end.input_shard, hands)
     return working.workers
 
 

@@ -52,17 +52,22 @@ def write_whole(path: Path, data: bytes) -> None:
     Args:
         path: the final place; missing folders are made.
         data: the whole content.
+
+    Raises:
+        OSError: it cannot be written; nothing is left beside it.
     """
-    make_folder(path.parent)
     beside = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
     try:
+        make_folder(path.parent)
         with beside.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
-    except BaseException:
+    except BaseException as error:
         beside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno:  # a full disk names no file, others the one beside
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
     sync_folder(path.parent)
 

@@ -24,6 +24,7 @@ from vqmill.files import canonical_json
 LEASE_SECONDS = 30.0
 RENEW_SECONDS = 5.0
 LOOK_SECONDS = 1.0
+PUTS = 3  # of one state; each is asked for again by the client, too, when the server fails
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,8 @@ class Lease:
         self._renewed = time.monotonic()
         self._version = self._take()
         self._prove()
-        self._guarded_version: Version | Literal["create"] = self._state_of_guarded()
+        guarded_state = _state(place, guarded)
+        self._guarded_version: Version | Literal["create"] = guarded_state[1] if guarded_state else "create"
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
         self._thread.start()
@@ -67,13 +69,10 @@ class Lease:
         """See `Hold`."""
         self.check()
         try:
-            self._guarded_version = self._place.put(self._guarded, data, self._guarded_version)
+            self._guarded_version = _put_surely(self._place, self._guarded, data, self._guarded_version)
         except ConflictError:
-            found, version = self._place.get(self._guarded)
-            if found != data:  # else it is our own put, whose answer was lost
-                self._lost = True
-                self._refuse_lost()
-            self._guarded_version = version
+            self._lost = True
+            self._refuse_lost()
 
     def close(self) -> None:
         """See `Hold`."""
@@ -83,7 +82,8 @@ class Lease:
         self._thread.join()
         if not self._lost:
             try:
-                self._room.put(self._file, canonical_json({"owner": None, "last": self._holder}), self._version)
+                given_back = canonical_json({"owner": None, "last": self._holder})
+                _put_surely(self._room, self._file, given_back, self._version)
             except (ConflictError, OSError):
                 log.warning("%s: the lease could not be given back; it ends by itself", self._place.name)
 
@@ -106,10 +106,9 @@ class Lease:
         first: Version | None = None
         end = time.monotonic() + LEASE_SECONDS
         while True:
-            try:
-                content, version = self._room.get(self._file)
-            except FileNotFoundError:
+            if not (state := _state(self._room, self._file)):
                 return "create"
+            content, version = state
             holder = _holder(content)
             if holder is None or (version == first and time.monotonic() >= end):
                 return version
@@ -129,16 +128,10 @@ class Lease:
         self._renewed, self._version = time.monotonic(), self._put(self._version)
         for condition in ("create", stale):
             try:
-                self._room.put(self._file, b"{}", condition)
+                _put_surely(self._room, self._file, b"{}", condition)
             except ConflictError:
                 continue
             raise UsageError(f"{self._room.name}/{self._file}: {NO_CONDITIONS}")
-
-    def _state_of_guarded(self) -> Version | Literal["create"]:
-        try:
-            return self._place.get(self._guarded)[1]
-        except FileNotFoundError:
-            return "create"
 
     def _keep(self) -> None:
         while not self._closed.wait(RENEW_SECONDS):
@@ -151,23 +144,22 @@ class Lease:
                     log.warning("%s: the lease could not be renewed: %s", self._place.name, error)
 
     def _renew(self) -> None:
-        asked = time.monotonic()
-        try:
-            self._version = self._put(self._version)
-        except ConflictError:
+        while True:
+            asked = time.monotonic()
             try:
-                content, version = self._room.get(self._file)
-            except FileNotFoundError:
-                content, version = b"", {}
-            if content != self._content():  # else it is our own put, whose answer was lost
-                self._lost = True
+                self._version = self._put(self._version)
+            except ConflictError:
+                content, self._version = _state(self._room, self._file) or (b"", {})
+                if _read(content).get("owner") != self._holder["owner"]:
+                    self._lost = True
+                    return
+            else:  # after a conflict, too: the state that was found is an earlier turn of ours, whose answer was lost
+                self._renewed = asked
                 return
-            self._version = version
-        self._renewed = asked
 
     def _put(self, known: Version | Literal["create"]) -> Version:
         self._turn += 1
-        return self._room.put(self._file, self._content(), known)
+        return _put_surely(self._room, self._file, self._content(), known)
 
     def _content(self) -> bytes:
         return canonical_json({**self._holder, "turn": self._turn})
@@ -183,11 +175,48 @@ class Lease:
         return UsageError(f"{self._place.name}: locked{f' by {holder}' if holder else ''}. {self._advice}")
 
 
+def _put_surely(place: Bucket, file: str, data: bytes, known: Version | Literal["create"]) -> Version:
+    """Puts on a condition, and looks what became of it when no answer came, or one that may be to a second asking.
+
+    Raises:
+        ConflictError: the object was in another state.
+        OSError: it is still in the known state, and cannot be put.
+    """
+    for left in reversed(range(PUTS)):
+        try:
+            return place.put(file, data, known)
+        except (ConflictError, OSError) as error:
+            content, version = _state(place, file) or (None, "create")
+            if content == data and version != "create":
+                return version
+            if version != known:
+                raise ConflictError("in another state") from None
+            if not left:
+                raise OSError(str(error)) from None
+    raise AssertionError
+
+
+def _state(place: Bucket, file: str) -> tuple[bytes, Version] | None:
+    """An object's content and state; None where there is none."""
+    try:
+        return place.get(file)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise OSError(f"{place.name}/{file}: cannot be read: {error}") from None
+
+
+def _read(content: bytes) -> dict[str, Any]:
+    """What a lease says; nothing when it is none."""
+    try:
+        return dict(json.loads(content))
+    except (ValueError, TypeError):
+        return {}
+
+
 def _holder(content: bytes) -> str | None:
     """Who holds a lease, for people; None when it was given back."""
-    try:
-        found = json.loads(content)
-        owner, host, process = found["owner"], found.get("host"), found.get("process")
-    except (ValueError, LookupError, TypeError, AttributeError):
+    found = _read(content)
+    if "owner" not in found:
         return "somebody unknown"
-    return None if owner is None else f"process {process} on {host}"
+    return None if found["owner"] is None else f"process {found.get('process')} on {found.get('host')}"

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from vqmill import layout
 from vqmill.commits import Commit, Counts, Cursor, file_facts
 from vqmill.errors import CodesError, UsageError
-from vqmill.places import Hold, Where, place_of, read_file
+from vqmill.places import Hold, Place, Where, place_of, read_file
 from vqmill.settings import refuse_other_settings
 from vqmill.spec import CODECS, Segment, StoreSpec
 
@@ -94,7 +94,7 @@ def read_shard(
     def read(name: str) -> bytes:
         facts = commit.files.get(name, {})
         try:
-            data = read_file(place, name, facts.get("bytes", 0))
+            data = _read(place, name, facts.get("bytes", 0))
             wrong = None if file_facts(data) == facts else "not what was committed"
         except FileNotFoundError:
             data, wrong = b"", "missing"
@@ -241,7 +241,7 @@ class StoreWriter:
             for commit in self.commits
             if not all(
                 there.get(name) == facts["bytes"]
-                and (commit is not self.commits[-1] or file_facts(read_file(self.store, name, facts["bytes"])) == facts)
+                and (commit is not self.commits[-1] or file_facts(_read(self.store, name, facts["bytes"])) == facts)
                 for name, facts in commit.files.items()
             )
         ]
@@ -311,12 +311,12 @@ class StoreWriter:
 
     def _publish_arrays(self) -> None:
         for name, data in layout.array_metadata(self.spec).items():
-            if self._read(name) != data:
+            if self._metadata(name) != data:
                 self.store.write(name, data)
 
-    def _read(self, name: str) -> bytes | None:
+    def _metadata(self, name: str) -> bytes | None:
         try:
-            return read_file(self.store, name, layout.MAX_METADATA_BYTES)
+            return _read(self.store, name, layout.MAX_METADATA_BYTES)
         except (FileNotFoundError, CodesError):  # to be written anew in any case
             return None
 
@@ -340,6 +340,16 @@ class StoreWriter:
                     f"{self.store.name}/{name}: a symbolic link inside a store that is being written. Put what it leads to in its place."
                 )
         self.store.delete(name for name in found if name not in known)
+
+
+def _read(place: Place, file: str, max_bytes: int) -> bytes:
+    """As `read_file`; what fails is said with its place."""
+    try:
+        return read_file(place, file, max_bytes)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise OSError(f"{place.name}/{file}: cannot be read: {error}") from error
 
 
 def read_commits(store: Where, shards: Iterable[int]) -> list[Commit]:
