@@ -124,6 +124,30 @@ def get_object(
     return _asked(root, path, request)
 
 
+def get_small(root: str, name: str, most_bytes: int) -> bytes | None:
+    """An object; None when it is not there.
+
+    Raises:
+        CorpusError: it cannot be had, or is larger.
+    """
+    import obstore
+    from obstore.exceptions import PermissionDeniedError
+
+    try:
+        found = obstore.get(_store(root), name)
+        data = bytes(found.bytes()) if found.meta["size"] <= most_bytes else None
+    except (
+        FileNotFoundError,
+        PermissionDeniedError,
+    ):  # who may not list a bucket is told that what is not there is forbidden
+        return None
+    except Exception as error:
+        raise CorpusError(f"{root}/{name}: cannot be read: {_why(error)}. {_ADVICE}") from None
+    if data is None:
+        raise CorpusError(f"{root}/{name}: more than {most_bytes:,} bytes. Take it away, or make it smaller.")
+    return data
+
+
 class RemoteObject:
     """An object of a bucket, read in parts by any thread. Parts that `stream` went through are kept for a while."""
 

@@ -17,6 +17,7 @@ from typing import Literal
 
 from pipelines.corpus.folder import FolderScan, FoundFile, scan_folder, scan_objects
 from pipelines.corpus.grouping import Tally, walk_samples
+from pipelines.corpus.named_classes import CLASSES_FILE, read_class_names
 from pipelines.corpus.named_tars import FORMS, expand_address, expand_paths
 from pipelines.corpus.names import is_gzip_tar, is_tar, passed_over, text_of
 from pipelines.corpus.objects import check_address, is_address, list_objects, open_tar
@@ -318,8 +319,11 @@ def _plan_tars(
     repeated = [path for path, count in Counter(tar.path for tar in tars).items() if count > 1]
     if repeated:
         raise CorpusError(f"{corpus}: {repeated[0]} is named more than once. Name every shard once.")
-    tally = Tally(skipped=skipped)
     common = os.path.commonpath([os.path.dirname(tar.path) for tar in tars])
+    names = read_class_names(common.replace(":/", "://", 1) if is_address(tars[0].path) else common)
+    if names is not None:
+        skipped = skipped - Counter([passed_over(CLASSES_FILE)])
+    tally = Tally(skipped=skipped)
     shards: list[InputShard] = []
     with ThreadPoolExecutor(WALKERS, thread_name_prefix="walk") as walkers:
         walked = walkers.map(_walked, tars) if is_address(tars[0].path) else map(_walked, tars)
@@ -329,7 +333,9 @@ def _plan_tars(
             shards.append(InputShard(len(shards), name, num_samples, tar.num_bytes, TarFile(tar.path, etag=tar.etag)))
             if progress is not None:
                 progress(len(shards), len(tars))
-    return Plan(corpus, tuple(shards), (), dict(sorted(tally.skipped.items())), dict(sorted(tally.unused.items())))
+    return Plan(
+        corpus, tuple(shards), names or (), dict(sorted(tally.skipped.items())), dict(sorted(tally.unused.items()))
+    )
 
 
 def _walked(tar: FoundFile) -> tuple[int, Tally]:
