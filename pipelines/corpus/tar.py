@@ -238,15 +238,15 @@ def _short_name(block: bytes) -> bytes:
 def _pax_records(body: bytes, offset: int) -> dict[bytes, bytes]:
     r"""Reads `LENGTH KEY=VALUE\n` records, where LENGTH counts the whole record."""
     records: dict[bytes, bytes] = {}
-    while body:
-        digits, blank, _ = body[:21].partition(b" ")
-        length = _decimal(digits, offset)
-        record = body[len(digits) + 1 : length]
-        key, equals, value = record.partition(b"=")
-        if not (blank and equals and value.endswith(b"\n") and length <= len(body)):
+    start = 0
+    while start < len(body):
+        digits, blank, _ = body[start : start + 21].partition(b" ")
+        stop = start + _decimal(digits, offset)
+        key, equals, value = body[start + len(digits) + 1 : stop].partition(b"=")
+        if not (blank and equals and value.endswith(b"\n") and stop <= len(body)):
             raise TarDamage(Reason.DAMAGED_TAR, offset, "a pax header is malformed")
         records[key] = value[:-1]
-        body = body[length:]
+        start = stop
     return records
 
 
