@@ -13,7 +13,18 @@ from pipelines.app import app, run
 from pipelines.cli_priors import sample, score, train_prior
 from pipelines.cli_stores import merge, repair, slice_store, verify
 from pipelines.memory import keep_freed_memory
-from pipelines.options import ClusterFlags, Codec, Common, Device, FitFlags, ImageFlags, Layout, PixelRange, Precision
+from pipelines.options import (
+    ClusterFlags,
+    Codec,
+    Common,
+    CorpusFlags,
+    Device,
+    FitFlags,
+    ImageFlags,
+    Layout,
+    PixelRange,
+    Precision,
+)
 
 __all__ = ["app", "main"]
 
@@ -21,7 +32,7 @@ __all__ = ["app", "main"]
 @app.command
 def train_tokenizer(
     corpus: str, /, *, out: Path, preset: str = "rgb32", config: Path | None = None, size: int | None = None,
-    holdout: float = 0.05, images: ImageFlags = ImageFlags(), flags: FitFlags = FitFlags(), common: Common = Common(),
+    holdout: float = 0.05, reading: CorpusFlags = CorpusFlags(), images: ImageFlags = ImageFlags(), flags: FitFlags = FitFlags(), common: Common = Common(),
 ) -> int:  # fmt: skip
     """Train a VQ-VAE or VQ-VAE-2 on a corpus.
 
@@ -52,10 +63,9 @@ def train_tokenizer(
     """
     from pipelines.train_tokenizer import train_tokenizer as job
 
-    return run(
-        common,
-        lambda: job(corpus, out, preset=preset, config=config, size=size, holdout=holdout, flags=flags, images=images),
-    )
+    return run(common, lambda: job(
+        corpus, out, preset=preset, config=config, size=size, holdout=holdout, flags=flags, images=images, gzip_tars=reading.gzip_tars,
+    ))  # fmt: skip
 
 
 @app.command
@@ -63,7 +73,7 @@ def evaluate(
     *places: str, tokenizer_module: str | None = None, out: Path | None = None, size: int | None = None, holdout: float | None = None,
     everything: Annotated[bool, Parameter(name="--all", negative="")] = False, limit: int | None = None, batch_size: int = 32,
     by_label: Annotated[bool, Parameter(negative="")] = False, precision: Precision = "fp32", device: Device = "auto",
-    lpips: Path | None = None, lpips_backbone: Path | None = None, rfid: Path | None = None, images: ImageFlags = ImageFlags(), common: Common = Common(),
+    lpips: Path | None = None, lpips_backbone: Path | None = None, rfid: Path | None = None, reading: CorpusFlags = CorpusFlags(), images: ImageFlags = ImageFlags(), common: Common = Common(),
 ) -> int:  # fmt: skip
     """Measure what a tokenizer keeps of images: PSNR, SSIM, normalised error, and how it uses its codes.
 
@@ -95,7 +105,7 @@ def evaluate(
 
     return run(common, lambda: job(places, out, EvaluateOptions(
         size=size, holdout=holdout, everything=everything, limit=limit, batch_size=batch_size, device=device, precision=precision,
-        by_label=by_label, images=images, lpips=lpips, lpips_backbone=lpips_backbone, rfid=rfid,
+        by_label=by_label, images=images, gzip_tars=reading.gzip_tars, lpips=lpips, lpips_backbone=lpips_backbone, rfid=rfid,
     ), module=tokenizer_module))  # fmt: skip
 
 
@@ -103,8 +113,8 @@ def evaluate(
 def tokenize(
     corpus: str, /, *, tokenizer: Path | None = None, tokenizer_module: str | None = None, out: str, size: int | None = None, workers: int | None = None, batch_size: int = 32,
     shard_rows: int | None = None, codec: Codec = "auto", precision: Precision = "fp32", compiled: Annotated[bool, Parameter(name="--compile", negative="")] = False,
-    device: Device = "auto", limit: int | None = None, retry_quarantined: Annotated[bool, Parameter(negative="")] = False, images: ImageFlags = ImageFlags(),
-    sample_timeout: int = 60, cluster: ClusterFlags = ClusterFlags(),
+    device: Device = "auto", limit: int | None = None, retry_quarantined: Annotated[bool, Parameter(negative="")] = False, reading: CorpusFlags = CorpusFlags(),
+    images: ImageFlags = ImageFlags(), sample_timeout: int = 60, cluster: ClusterFlags = ClusterFlags(),
     dry_run: Annotated[bool, Parameter(negative="")] = False, common: Common = Common(),
 ) -> int:  # fmt: skip
     """Send a corpus through a tokenizer into a code store.
@@ -140,12 +150,12 @@ def tokenize(
     return run(common, lambda: job(
         corpus, tokenizer, out, module=tokenizer_module, size=size, workers=workers, batch_size=batch_size, shard_rows=shard_rows, codec=codec,
         precision=precision, compiled=compiled, device=device, dry_run=dry_run, limit=limit, retry_quarantined=retry_quarantined, images=images,
-        sample_timeout=sample_timeout, cluster=cluster,
+        sample_timeout=sample_timeout, cluster=cluster, gzip_tars=reading.gzip_tars,
     ))  # fmt: skip
 
 
 @app.command
-def inspect(path: str, /, *, common: Common = Common()) -> int:
+def inspect(path: str, /, *, reading: CorpusFlags = CorpusFlags(), common: Common = Common()) -> int:
     """Say what something is: a corpus, a code store, a tokenizer, a prior, an evaluation or scores, and which command made it.
 
     A corpus is read and decoded whole: counts, sizes, labels, and what would be quarantined and why. Of a stopped run it says how far
@@ -156,7 +166,7 @@ def inspect(path: str, /, *, common: Common = Common()) -> int:
     """
     from pipelines.inspect import inspect as job
 
-    return run(common, lambda: job(path))
+    return run(common, lambda: job(path, gzip_tars=reading.gzip_tars))
 
 
 for _command in (verify, repair, merge):
@@ -167,7 +177,7 @@ app.command(slice_store, name="slice")
 @app.command
 def decode(
     store: str, /, *, out: Path, rows: str | None = None, tokenizer: Path | None = None, tokenizer_module: str | None = None, originals: str | None = None,
-    columns: int | None = None, common: Common = Common(),
+    columns: int | None = None, reading: CorpusFlags = CorpusFlags(), common: Common = Common(),
 ) -> int:  # fmt: skip
     """Turn codes back into pictures: original (if wanted) | reconstruction | codes.
 
@@ -183,7 +193,7 @@ def decode(
     from pipelines.decode import decode as job
 
     return run(common, lambda: job(
-        store, out, rows=rows, tokenizer_path=tokenizer, module=tokenizer_module, originals=originals, columns=columns,
+        store, out, rows=rows, tokenizer_path=tokenizer, module=tokenizer_module, originals=originals, columns=columns, gzip_tars=reading.gzip_tars,
     ))  # fmt: skip
 
 

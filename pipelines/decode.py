@@ -45,8 +45,11 @@ def decode(
     module: str | None,
     originals: str | None,
     columns: int | None,
+    gzip_tars: bool = False,
 ) -> Result:
     """Runs the command; see `vqmill decode --help`."""
+    if gzip_tars and originals is None:
+        raise UsageError("--gzip-tars says how a corpus is read. Give it together with --originals CORPUS.")
     codes = open_codes(store, allow_incomplete=True)
     first, stop = _row_range(rows, len(codes))
     model = load_tokenizer_of(codes, tokenizer_path, module)
@@ -59,7 +62,7 @@ def decode(
     }
     check_picture(out, settings)
     check_columns(columns)
-    plan = _plan_of(codes, originals) if originals else None
+    plan = _plan_of(codes, originals, gzip_tars) if originals else None
     wanted = {name: codes[name][first:stop] for name in codes.levels}
     images = decode_rows(model, wanted)
     side = images.shape[-1]
@@ -140,9 +143,9 @@ def original_images(plan: Plan, codes: Codes, rows: range, size: int, channels: 
     return np.stack([found[sample["input_shard"], sample["index"]] for sample in samples])
 
 
-def _plan_of(codes: Codes, corpus: str) -> Plan:
+def _plan_of(codes: Codes, corpus: str, gzip_tars: bool) -> Plan:
     segments = codes.spec.segments
-    plan = plan_corpus(corpus).cut_at(corpus_totals(segments))
+    plan = plan_corpus(corpus, gzip_tars=gzip_tars).cut_at(corpus_totals(segments))
     encoded = with_retries(plan, segments, tried_again(codes.place, codes.spec))
     if not segments or encoded.digest_of_first(segments[-1].input_shards) != segments[-1].plan:
         raise UsageError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from itertools import count, islice
@@ -29,6 +29,7 @@ from vqmill.tables import QUARANTINE_SCHEMA, SAMPLES_SCHEMA
 
 REMOTE_THREADS = 8  # that decode what comes from a bucket: they wait for it most of the time
 SPAN_SAMPLES = 256  # what is sent to the store at a time, and what a resume may have to encode again
+MAX_HELD_BYTES = 64 << 20  # of files of a gzip tar that wait to be decoded
 PADDED_SIZES = (1, 8, 32)  # the last batch of a span is padded to the next of these, so that few shapes are ever run
 
 
@@ -139,7 +140,15 @@ class SpanEncoder:
 
     def _decode_next(self, shard: InputShard, refs: Iterator[SampleRef]) -> list[Future[_Outcome]]:
         threads = self._waiting_threads if shard.remote else self._threads
-        return [threads.submit(self._load, shard, ref) for ref in islice(refs, SPAN_SAMPLES)]
+        span: list[Future[_Outcome]] = []
+        held = 0
+        for ref in islice(refs, SPAN_SAMPLES):
+            span.append(threads.submit(self._load, shard, ref))
+            held += ref.held_bytes
+            if held > MAX_HELD_BYTES:  # each lets go of its data when it is decoded
+                wait(span)
+                held = 0
+        return span
 
     def _load(self, shard: InputShard, ref: SampleRef) -> _Outcome:
         """Reads and decodes one sample; its file's bytes are let go before the pixels wait for their turn."""

@@ -72,6 +72,7 @@ class EvaluateOptions:
 
     size: int | None = None
     images: ImageFlags = field(default_factory=ImageFlags)
+    gzip_tars: bool = False
     holdout: float | None = None
     everything: bool = False
     limit: int | None = None
@@ -141,7 +142,7 @@ def evaluate(places: Sequence[str], out: Path | None, options: EvaluateOptions, 
     learned = LearnedMeasures(options.lpips, options.lpips_backbone, options.rfid, device)
     if out:
         refuse_inside(out, corpus)
-    plan = planned(corpus)
+    plan = planned(corpus, gzip_tars=options.gzip_tars)
     preprocessing = trained_images(folder, options.images).preprocessing(size, model.channels)
     job = _Job(model, device, plan, preprocessing, select(folder, plan, options), options, learned)
     place = str(folder or module)

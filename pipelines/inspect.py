@@ -16,6 +16,7 @@ from pipelines.progress import meter
 from pipelines.results import Result
 from pipelines.tokenize_command import run_file
 from vqmill.commits import Counts, counts_of
+from vqmill.errors import UsageError
 from vqmill.kinds import kind_of, unfinished_of
 from vqmill.layout import GROUP, read_spec
 from vqmill.places import FileAt, place_of
@@ -28,14 +29,20 @@ LISTED = 10
 BLOCK_ROWS = 65_536
 
 
-def inspect(path: str) -> Result:
+def inspect(path: str, *, gzip_tars: bool = False) -> Result:
     """Runs the command; see `vqmill inspect --help`."""
-    if "://" in path:
-        return _inspect_store(path) if FileAt(place_of(path), GROUP).exists() else inspect_corpus(planned(path))
-    place = unfinished_of(Path(path)) or Path(path)
-    match kind_of(place):
+    remote = "://" in path
+    place = Path(path) if remote else unfinished_of(Path(path)) or Path(path)
+    kind = kind_of(place)
+    if remote:
+        kind = "store" if FileAt(place_of(path), GROUP).exists() else None
+    if kind is None:
+        return inspect_corpus(planned(path, gzip_tars=gzip_tars))
+    if gzip_tars:
+        raise UsageError(f"{path}: --gzip-tars says how a corpus is read, and this is none. Leave it out.")
+    match kind:
         case "store" | "zarr":
-            return _inspect_store(str(place))
+            return _inspect_store(path if remote else str(place))
         case "tokenizer":
             return _inspect_tokenizer(place)
         case "prior":
@@ -46,8 +53,6 @@ def inspect(path: str) -> Result:
             return inspect_scores(place)
         case "unfinished":
             return inspect_unfinished(place)
-        case None:
-            return inspect_corpus(planned(path))
 
 
 def _inspect_store(path: str) -> Result:

@@ -37,6 +37,15 @@ class Common:
 
 @Parameter(name="*")
 @dataclass(frozen=True)
+class CorpusFlags:
+    """How a corpus is read."""
+
+    gzip_tars: Annotated[bool, Parameter(negative="")] = False
+    """Also read tars packed with gzip, .tar.gz and .tgz. Each pass unpacks them from their start; docs/corpora.md."""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
 class FitFlags:
     """What people change daily about a training run; the preset and --config decide what is not given."""
 

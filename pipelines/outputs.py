@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import posixpath
 import shlex
 import shutil
 import subprocess
@@ -15,6 +16,8 @@ from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from urllib.parse import unquote, urlsplit
+from urllib.request import url2pathname
 
 from vqmill.errors import UsageError
 from vqmill.files import PARTIAL_SUFFIX, SETTINGS_FILE, JsonValue, canonical_json, hold_lock, sync_folder, write_whole
@@ -134,10 +137,18 @@ def recorded_settings(out: Path) -> dict[str, Any]:
 
 
 def lies_in(inner: Path | str, outer: Path | str) -> bool:
-    """Whether the first of two paths or addresses is, or lies in, the second."""
-    if "://" in f"{inner}{outer}":
-        return f"{inner}/".startswith(f"{outer}".rstrip("/") + "/")
-    return Path(inner).resolve().is_relative_to(Path(outer).resolve())
+    """Whether the first of two paths or addresses is, or lies in, the second, however they are spelled."""
+    return f"{_spelled_out(inner)}/".startswith(_spelled_out(outer).rstrip("/") + "/")
+
+
+def _spelled_out(place: Path | str) -> str:
+    """A path without links, or an address as an object store understands it."""
+    if "://" not in str(place):
+        return str(Path(place).resolve())
+    parts = urlsplit(str(place))
+    if parts.scheme == "file":
+        return str(Path(url2pathname(parts.path)).resolve())
+    return f"{parts.scheme}://{parts.netloc}{posixpath.normpath(unquote(parts.path) or '/')}"
 
 
 def require_room(path: Where, needed_bytes: int) -> None:

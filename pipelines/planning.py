@@ -6,7 +6,7 @@ from pipelines.corpus.plan import Plan, plan_corpus
 from pipelines.progress import meter
 
 
-def planned(corpus: str) -> Plan:
+def planned(corpus: str, *, gzip_tars: bool = False) -> Plan:
     """See `plan_corpus`."""
     with meter("planning", "input shards") as show:
-        return plan_corpus(corpus, lambda done, total: show(done, total))
+        return plan_corpus(corpus, lambda done, total: show(done, total), gzip_tars=gzip_tars)

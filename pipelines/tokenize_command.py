@@ -36,6 +36,7 @@ def tokenize(
     corpus: str, tokenizer_path: Path | None, out: str | Path, *, module: str | None, size: int | None, workers: int | None, batch_size: int, shard_rows: int | None,
     codec: Codec, precision: Precision, device: Device, dry_run: bool, limit: int | None = None, compiled: bool = False,
     retry_quarantined: bool = False, images: ImageFlags = ImageFlags(), sample_timeout: int = SAMPLE_TIMEOUT, cluster: ClusterFlags = ClusterFlags(),
+    gzip_tars: bool = False,
 ) -> Result:  # fmt: skip
     """Runs the command; see `vqmill tokenize --help`."""
     for flag, value in (
@@ -70,7 +71,7 @@ def tokenize(
     )  # fmt: skip
     refuse_inside(out, corpus)
     place_of(out)  # an address that holds a secret is refused before it can be recorded
-    plan = planned(corpus)
+    plan = planned(corpus, gzip_tars=gzip_tars)
     if limit is not None:
         plan = plan.first_samples(limit)
     if dry_run:

@@ -99,6 +99,7 @@ def train_tokenizer(
     holdout: float,
     flags: FitFlags,
     images: ImageFlags = ImageFlags(),
+    gzip_tars: bool = False,
 ) -> Result:
     """Runs the command; see `vqmill train-tokenizer --help`."""
     refuse_inside(out, corpus)
@@ -110,6 +111,7 @@ def train_tokenizer(
         holdout=holdout,
         flags=flags,
         images=images,
+        gzip_tars=gzip_tars,
         begun=recorded_settings(out),
     )
     settings = {
@@ -158,6 +160,7 @@ def _plan_job(
     holdout: float,
     flags: FitFlags,
     images: ImageFlags,
+    gzip_tars: bool,
     begun: Mapping[str, Any],
 ) -> tuple[TokenizerJob, str, list[str]]:
     """The job, the device, and what is to be said about a short run."""
@@ -188,7 +191,8 @@ def _plan_job(
         )
     notes = shortened(recipe, tables["fit"], fit, start_step=(usual_start, model_config.first_update))
     images.preprocessing(model_config.size, model_config.channels)  # refused before the corpus is read
-    return TokenizerJob(planned(corpus), model_config, fit, Augmentation(), holdout, images), device, notes
+    plan = planned(corpus, gzip_tars=gzip_tars)
+    return TokenizerJob(plan, model_config, fit, Augmentation(), holdout, images), device, notes
 
 
 def _checked_config(preset: str, overrides: dict[str, Any]) -> tokenizer.TokenizerConfig:

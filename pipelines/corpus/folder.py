@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipelines.corpus.names import IMAGE_EXTENSIONS, extension_of, passed_over, text_of
+from pipelines.corpus.names import IMAGE_EXTENSIONS, extension_of, is_tar, passed_over, text_of
 from pipelines.corpus.problems import CorpusError
 
 
@@ -35,20 +35,21 @@ class FolderScan:
 
     Attributes:
         images: files with an extension of an image format.
-        tars: files that end in .tar.
+        tars: files that end in .tar, and with `gzip_tars` in .tar.gz or .tgz.
         skipped: the others, counted by what they are.
+        gzip_tars: whether tars packed with gzip are wanted.
     """
 
+    gzip_tars: bool = False
     images: list[FoundFile] = field(default_factory=list)
     tars: list[FoundFile] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
 
     def take(self, file: FoundFile) -> None:
         """Puts a file where it belongs."""
-        extension = extension_of(file.path)
-        if extension in IMAGE_EXTENSIONS:
+        if extension_of(file.path) in IMAGE_EXTENSIONS:
             self.images.append(file)
-        elif extension == "tar":
+        elif is_tar(file.path, gzip_tars=self.gzip_tars):
             self.tars.append(file)
         else:
             self.skipped[passed_over(file.path)] += 1
@@ -60,7 +61,7 @@ class FolderScan:
         return self
 
 
-def scan_folder(root: Path) -> FolderScan:
+def scan_folder(root: Path, *, gzip_tars: bool = False) -> FolderScan:
     """Lists everything under a folder; hidden files and folders are ignored.
 
     Links are followed, but never back into a folder that they lie in.
@@ -68,14 +69,14 @@ def scan_folder(root: Path) -> FolderScan:
     Raises:
         CorpusError: a folder cannot be listed.
     """
-    scan = FolderScan()
+    scan = FolderScan(gzip_tars)
     _scan(str(root), "", (), scan)
     return scan.sort()
 
 
-def scan_objects(objects: Iterable[FoundFile]) -> FolderScan:
+def scan_objects(objects: Iterable[FoundFile], *, gzip_tars: bool = False) -> FolderScan:
     """Sorts out what was listed of a bucket, as `scan_folder` does: what is hidden, and the marks of empty folders, are ignored."""
-    scan = FolderScan()
+    scan = FolderScan(gzip_tars)
     for found in objects:
         if not found.path.endswith("/") and not any(part.startswith(".") for part in found.path.split("/")):
             scan.take(found)

@@ -90,7 +90,7 @@ def choose_holdout(plan: Plan, preprocessing: Preprocessing, fraction: float) ->
     if fraction == 0 or plan.num_samples * fraction > CERTAIN:
         return Holdout(below)
     refs = [
-        (hash_of_key(ref.key), shard.index, ref)
+        (hash_of_key(ref.key), shard.index, ref.without_data())
         for shard in plan.shards
         for ref in list_samples(shard)
         if ref.problem is None

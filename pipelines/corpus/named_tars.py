@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pipelines.corpus.braces import expand_braces
 from pipelines.corpus.folder import FoundFile
+from pipelines.corpus.names import is_gzip_tar, is_tar
 from pipelines.corpus.objects import head_objects, list_objects
 from pipelines.corpus.problems import CorpusError
 
@@ -19,7 +20,7 @@ FORMS = (
 )
 
 
-def expand_paths(corpus: str) -> list[str]:
+def expand_paths(corpus: str, *, gzip_tars: bool = False) -> list[str]:
     """The absolute paths of the tars that a path, glob or braces name."""
     if Path(corpus).is_file():
         names = [corpus]
@@ -39,13 +40,13 @@ def expand_paths(corpus: str) -> list[str]:
         )
         raise CorpusError(f"{corpus}: {named}. Correct the path. A corpus is {FORMS}.")
     for name in names:
-        if not Path(name).is_file() or not name.lower().endswith(".tar"):
-            what = "a folder" if Path(name).is_dir() else "not a .tar (packed ones must be unpacked to .tar first)"
+        if not Path(name).is_file() or not is_tar(name, gzip_tars=gzip_tars):
+            what = "a folder" if Path(name).is_dir() else _no_tar(name)
             raise CorpusError(f"{corpus}: {name} is {what}. A corpus is {FORMS}.")
     return [str(Path(name).absolute()) for name in names]
 
 
-def expand_address(corpus: str) -> list[FoundFile]:
+def expand_address(corpus: str, *, gzip_tars: bool = False) -> list[FoundFile]:
     """The objects of a bucket that an address, glob or braces name; their `path` is the whole address.
 
     Raises:
@@ -60,11 +61,9 @@ def expand_address(corpus: str) -> list[FoundFile]:
         listed.update({file.path: file for file in found})
         names.extend(file.path for file in found)
         names.extend([] if found else [name])
-    others = [name for name in names if not name.lower().endswith(".tar")]
+    others = [name for name in names if not is_tar(name, gzip_tars=gzip_tars)]
     if others:
-        raise CorpusError(
-            f"{corpus}: {others[0]} is not a .tar (packed ones must be unpacked to .tar first). A corpus is {FORMS}."
-        )
+        raise CorpusError(f"{corpus}: {others[0]} is {_no_tar(others[0])}. A corpus is {FORMS}.")
     asked = [name for name in names if name not in listed]
     heads = dict(zip(asked, head_objects(asked), strict=True))
     missing = [name for name, head in heads.items() if head is None]
@@ -73,6 +72,13 @@ def expand_address(corpus: str) -> list[FoundFile]:
         raise CorpusError(f"{corpus}: {named}. Correct the address. A corpus is {FORMS}.")
     listed.update({name: head for name, head in heads.items() if head})
     return [listed[name] for name in names]
+
+
+def _no_tar(name: str) -> str:
+    """What a file is instead, and what to do."""
+    if is_gzip_tar(name):
+        return "packed with gzip; with --gzip-tars such tars are read, too"
+    return "not a .tar (those packed otherwise than with gzip must be unpacked to .tar first)"
 
 
 def _matching(pattern: str) -> list[FoundFile]:

@@ -18,6 +18,21 @@ def extension_of(name: str) -> str:
     return os.path.splitext(name)[1][1:].lower()
 
 
+def is_gzip_tar(name: str) -> bool:
+    """Whether a file is taken for a tar packed with gzip."""
+    return name.lower().endswith((".tar.gz", ".tgz"))
+
+
+def is_tar(name: str, *, gzip_tars: bool) -> bool:
+    """Whether a file is taken for a tar that is read.
+
+    Args:
+        name: of the file.
+        gzip_tars: whether those packed with gzip are.
+    """
+    return name.lower().endswith(".tar") or (gzip_tars and is_gzip_tar(name))
+
+
 def passed_over(name: str) -> str:
     """The reason under which a file or tar member that is no image is counted, such as `video: .mp4`."""
     extension = extension_of(name)

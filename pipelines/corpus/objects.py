@@ -17,6 +17,8 @@ from threading import Lock
 from typing import Any, BinaryIO, TypeVar, cast
 
 from pipelines.corpus.folder import FoundFile
+from pipelines.corpus.gunzip import gunzip
+from pipelines.corpus.names import is_gzip_tar
 from pipelines.corpus.problems import CorpusError
 from pipelines.errors import RunFailed
 from vqmill.errors import UsageError
@@ -122,6 +124,30 @@ def get_object(
     return _asked(root, path, request)
 
 
+def get_small(root: str, name: str, most_bytes: int) -> bytes | None:
+    """An object; None when it is not there.
+
+    Raises:
+        CorpusError: it cannot be had, or is larger.
+    """
+    import obstore
+    from obstore.exceptions import PermissionDeniedError
+
+    try:
+        found = obstore.get(_store(root), name)
+        data = bytes(found.bytes()) if found.meta["size"] <= most_bytes else None
+    except (
+        FileNotFoundError,
+        PermissionDeniedError,
+    ):  # who may not list a bucket is told that what is not there is forbidden
+        return None
+    except Exception as error:
+        raise CorpusError(f"{root}/{name}: cannot be read: {_why(error)}. {_ADVICE}") from None
+    if data is None:
+        raise CorpusError(f"{root}/{name}: more than {most_bytes:,} bytes. Take it away, or make it smaller.")
+    return data
+
+
 class RemoteObject:
     """An object of a bucket, read in parts by any thread. Parts that `stream` went through are kept for a while."""
 
@@ -222,7 +248,7 @@ def require_size(descriptor: int, num_bytes: int) -> None:
 
 
 def open_tar(path: str, num_bytes: int, etag: str | None, *, once: bool = False) -> BinaryIO:
-    """A tar as it was planned, at its start.
+    """A tar as it was planned, at its start; one that is packed with gzip is unpacked, see `gunzip`.
 
     Args:
         path: of a file, or the address of an object.
@@ -235,14 +261,14 @@ def open_tar(path: str, num_bytes: int, etag: str | None, *, once: bool = False)
     """
     if is_address(path):
         kept = RemoteObject(path, num_bytes, etag, PARTS_AHEAD + 1) if once else open_object(path, num_bytes, etag)
-        return kept.stream()
+        return gunzip(kept.stream()) if is_gzip_tar(path) else kept.stream()
     file = open(path, "rb", buffering=READ_AHEAD)  # noqa: SIM115 - handed over
     try:
         require_size(file.fileno(), num_bytes)
     except BaseException:
         file.close()
         raise
-    return file
+    return gunzip(file) if is_gzip_tar(path) else file
 
 
 @lru_cache(maxsize=16)  # a store keeps its connections

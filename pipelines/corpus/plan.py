@@ -17,8 +17,9 @@ from typing import Literal
 
 from pipelines.corpus.folder import FolderScan, FoundFile, scan_folder, scan_objects
 from pipelines.corpus.grouping import Tally, walk_samples
+from pipelines.corpus.named_classes import CLASSES_FILE, read_class_names
 from pipelines.corpus.named_tars import FORMS, expand_address, expand_paths
-from pipelines.corpus.names import text_of
+from pipelines.corpus.names import is_gzip_tar, is_tar, passed_over, text_of
 from pipelines.corpus.objects import check_address, is_address, list_objects, open_tar
 from pipelines.corpus.problems import CorpusError, Problem
 from pipelines.corpus.published import PREFIX, IdxFiles, find_published
@@ -242,7 +243,7 @@ class Plan:
         return replace(cut.first(ends.index(number) + 1), corpus=corpus)
 
 
-def plan_corpus(corpus: str, progress: Callable[[int, int], None] | None = None) -> Plan:
+def plan_corpus(corpus: str, progress: Callable[[int, int], None] | None = None, *, gzip_tars: bool = False) -> Plan:
     """Lists the input shards of a corpus. Headers of tars are walked through; no image is read.
 
     Args:
@@ -250,6 +251,7 @@ def plan_corpus(corpus: str, progress: Callable[[int, int], None] | None = None)
             tar shards (a path, a glob, braces, or a folder that holds tars and no images), either of them in a bucket
             (`s3://bucket/prefix/`, `gs://`, `az://`; tars also by `https://`), or `torchvision:NAME?root=PATH&split=train|test|all`.
         progress: called with (tars walked, of how many).
+        gzip_tars: whether tars that end in .tar.gz or .tgz are read, too; they are unpacked whole.
 
     Raises:
         CorpusError: there is nothing there, or nothing that is read; the message says what to do.
@@ -258,39 +260,42 @@ def plan_corpus(corpus: str, progress: Callable[[int, int], None] | None = None)
         plan = _plan_published(corpus)
     elif is_address(corpus):
         check_address(corpus)
-        plan = _plan_address(corpus, progress)
+        plan = _plan_address(corpus, progress, gzip_tars)
     elif Path(corpus).is_dir():
-        plan = _plan_folder(corpus, progress)
+        plan = _plan_folder(corpus, progress, gzip_tars)
     else:
-        tars = [FoundFile(path, os.path.getsize(path)) for path in expand_paths(corpus)]
+        tars = [FoundFile(path, os.path.getsize(path)) for path in expand_paths(corpus, gzip_tars=gzip_tars)]
         plan = _plan_tars(corpus, tars, Counter(), progress)
     if plan.num_samples == 0:
         passed = ", ".join(f"{count} x {what}" for what, count in sorted(plan.skipped.items()))
+        packed = {"packed tar: .tar.gz", "packed tar: .tgz"} & plan.skipped.keys()
+        advice = " With --gzip-tars tars packed with gzip are read, too." if packed else ""
         raise CorpusError(
-            f"{corpus}: no sample in it{f' (passed over: {passed})' if passed else ''}. A corpus is {FORMS}."
+            f"{corpus}: no sample in it{f' (passed over: {passed})' if passed else ''}.{advice} A corpus is {FORMS}."
         )
     return plan
 
 
-def _plan_folder(corpus: str, progress: Callable[[int, int], None] | None) -> Plan:
+def _plan_folder(corpus: str, progress: Callable[[int, int], None] | None, gzip_tars: bool) -> Plan:
     root = Path(corpus).absolute()
     if kind_of(root):  # the pictures in it are no corpus
         raise CorpusError(f"{corpus}: not a corpus: {held_by(Path(corpus))}. A corpus is {FORMS}.")
-    return _plan_scan(corpus, str(root), scan_folder(root), progress)
+    return _plan_scan(corpus, str(root), scan_folder(root, gzip_tars=gzip_tars), progress)
 
 
-def _plan_address(corpus: str, progress: Callable[[int, int], None] | None) -> Plan:
-    if glob.has_magic(corpus) or "{" in corpus or corpus.lower().endswith(".tar"):
-        return _plan_tars(corpus, expand_address(corpus), Counter(), progress)
-    return _plan_scan(corpus, corpus.rstrip("/"), scan_objects(list_objects(corpus)), progress)
+def _plan_address(corpus: str, progress: Callable[[int, int], None] | None, gzip_tars: bool) -> Plan:
+    if glob.has_magic(corpus) or "{" in corpus or is_tar(corpus, gzip_tars=True):
+        return _plan_tars(corpus, expand_address(corpus, gzip_tars=gzip_tars), Counter(), progress)
+    scan = scan_objects(list_objects(corpus), gzip_tars=gzip_tars)
+    return _plan_scan(corpus, corpus.rstrip("/"), scan, progress)
 
 
 def _plan_scan(corpus: str, root: str, scan: FolderScan, progress: Callable[[int, int], None] | None) -> Plan:
     if scan.tars and not scan.images:
         tars = [replace(file, path=f"{root}/{file.path}") for file in scan.tars]
         return _plan_tars(corpus, tars, scan.skipped, progress)
-    if scan.tars:
-        scan.skipped["tar: .tar"] += len(scan.tars)
+    for tar in scan.tars:
+        scan.skipped[passed_over(tar.path) if is_gzip_tar(tar.path) else "tar: .tar"] += 1
     classes = _class_names(scan.images)
     labels = {name: label for label, name in enumerate(classes)}
     keys = _keys([text_of(file.path) for file in scan.images])
@@ -329,8 +334,11 @@ def _plan_tars(
     repeated = [path for path, count in Counter(tar.path for tar in tars).items() if count > 1]
     if repeated:
         raise CorpusError(f"{corpus}: {repeated[0]} is named more than once. Name every shard once.")
-    tally = Tally(skipped=skipped)
     common = os.path.commonpath([os.path.dirname(tar.path) for tar in tars])
+    names = read_class_names(common.replace(":/", "://", 1) if is_address(tars[0].path) else common)
+    if names is not None:
+        skipped = skipped - Counter([passed_over(CLASSES_FILE)])
+    tally = Tally(skipped=skipped)
     shards: list[InputShard] = []
     with ThreadPoolExecutor(WALKERS, thread_name_prefix="walk") as walkers:
         walked = walkers.map(_walked, tars) if is_address(tars[0].path) else map(_walked, tars)
@@ -340,7 +348,9 @@ def _plan_tars(
             shards.append(InputShard(len(shards), name, num_samples, tar.num_bytes, TarFile(tar.path, etag=tar.etag)))
             if progress is not None:
                 progress(len(shards), len(tars))
-    return Plan(corpus, tuple(shards), (), dict(sorted(tally.skipped.items())), dict(sorted(tally.unused.items())))
+    return Plan(
+        corpus, tuple(shards), names or (), dict(sorted(tally.skipped.items())), dict(sorted(tally.unused.items()))
+    )
 
 
 def _walked(tar: FoundFile) -> tuple[int, Tally]:

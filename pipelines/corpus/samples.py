@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from pipelines.corpus.grouping import MAX_SAMPLE_BYTES, Part, Tally, TarSample, walk_samples
 from pipelines.corpus.idx import read_idx
-from pipelines.corpus.names import text_of
+from pipelines.corpus.names import is_gzip_tar, text_of
 from pipelines.corpus.objects import RemoteObject, changed, get_object, is_address, open_object, open_tar, require_size
 from pipelines.corpus.plan import FileBundle, IdxRange, ImageFile, InputShard, Retried, TarFile
 from pipelines.corpus.problems import CorpusError, Problem, Reason
@@ -63,7 +63,7 @@ class SampleRef:
 
     Attributes:
         key, source, index, problem: as in `RawSample`.
-        place: what it takes to read it.
+        place: what it takes to read it; of a tar that is packed with gzip, its data.
     """
 
     key: str
@@ -71,6 +71,15 @@ class SampleRef:
     index: int
     problem: Problem | None
     place: ImageFile | TarSample | None
+
+    @property
+    def held_bytes(self) -> int:
+        """How much data this holds."""
+        return sum(len(part.data or b"") for part in self.place.parts) if isinstance(self.place, TarSample) else 0
+
+    def without_data(self) -> SampleRef:
+        """One that holds none; should it hold some now, loading the sample will unpack its tar from the start."""
+        return replace(self, place=None) if self.held_bytes else self
 
 
 def read_samples(shard: InputShard, start: int = 0) -> Iterator[RawSample]:
@@ -105,7 +114,7 @@ def _read_ahead(shard: InputShard, refs: Iterator[SampleRef]) -> Iterator[RawSam
 
 
 def list_samples(shard: InputShard, start: int = 0) -> Iterator[SampleRef]:
-    """The same samples in the same order as `read_samples` gives, without their data."""
+    """The same samples in the same order as `read_samples` gives, without their data, but for tars that are packed with gzip."""
     known = dict(shard.known)
     for ref in _listed(shard, start):
         yield replace(ref, problem=known[ref.index]) if ref.index in known else ref
@@ -113,8 +122,8 @@ def list_samples(shard: InputShard, start: int = 0) -> Iterator[SampleRef]:
 
 def _listed(shard: InputShard, start: int) -> Iterator[SampleRef]:
     match shard.content:
-        case TarFile():
-            yield from _walk_tar(shard, start, load=False, convert=_tar_ref)
+        case TarFile(path=path):
+            yield from _walk_tar(shard, start, load=is_gzip_tar(path), convert=_tar_ref)
         case FileBundle(files=files):
             for index, file in enumerate(files[start:], start):
                 yield SampleRef(file.key, text_of(file.path), index, None, file)
@@ -137,6 +146,8 @@ def load_sample(shard: InputShard, ref: SampleRef) -> RawSample:
         case Retried(base=base):
             return load_sample(base, ref)
         case TarFile(path=path, whole=whole):
+            if ref.place is None:
+                return next(_walk_tar(shard, ref.index, load=True, convert=_from_tar))
             assert isinstance(ref.place, TarSample)
             return _load_from_tar(whole or shard, path, ref.place)
         case FileBundle(root=root):
@@ -197,6 +208,8 @@ def _tar_ref(shard: InputShard, sample: TarSample) -> SampleRef:
 
 
 def _load_from_tar(shard: InputShard, path: str, sample: TarSample) -> RawSample:
+    if is_gzip_tar(path):
+        return _from_tar(shard, sample)
     try:
         if is_address(path):
             remote = open_object(path, shard.num_bytes, shard.of_tar.etag)

@@ -22,6 +22,9 @@ from pipelines.corpus.samples import SampleRef, list_samples, load_sample
 from vqmill.errors import CodesError
 
 SHUFFLE_BUFFER = 16_384  # references, some 20 MB of them; pixels and files are not held
+MAX_HELD_BYTES = (
+    2 << 30
+)  # of files in a pool all the same, where tars are packed with gzip; two pools are there at a time
 ITEMS_PER_TASK = (
     16  # what one thread decodes at a time: handing over single small images would cost more than decoding them
 )
@@ -261,16 +264,22 @@ class TrainingStream(Iterator[dict[str, torch.Tensor]]):
             cursor = Cursor(*following, cursor.base + len(pool.entries), cursor.ordinal)
 
     def _read_pool(self, epoch: int, number: int) -> _Pool:
-        """Lists the samples of one pool; no image is read."""
+        """Lists the samples of one pool; no image is read, but for those of gzip tars."""
         order = _random(self._seed, epoch, 0).permutation(len(self._plan.shards))
         first, last = number * self._shuffle_buffer, (number + 1) * self._shuffle_buffer
         listed: list[tuple[InputShard, SampleRef]] = []
-        begin = 0
+        begin = held = 0
         for shard_index in order:
             shard = self._plan.shards[shard_index]
             start, stop = max(first - begin, 0), min(last - begin, shard.num_samples)
-            if start < stop:
-                listed.extend((shard, ref) for ref in islice(list_samples(shard, start), stop - start))
+            for ref in islice(list_samples(shard, start), max(stop - start, 0)):
+                listed.append((shard, ref))
+                held += ref.held_bytes
+                if held > MAX_HELD_BYTES:
+                    raise CorpusError(
+                        f"{self._plan.corpus}: {len(listed):,} samples of tars that are packed with gzip take {held / 1e9:.1f} GB of memory, and training "
+                        f"shuffles {self._shuffle_buffer:,} at a time. Unpack the tars (gunzip): of plain ones no data is held."
+                    )
             begin += shard.num_samples
         problems = {sample_name(shard, ref): ref.problem for shard, ref in listed if ref.problem is not None}
         kept = [entry for entry in listed if entry[1].problem is None and entry[1].key not in self.holdout]

@@ -67,7 +67,7 @@ class TarStream:
     """Walks a tar forwards: iterate over its members, and `read` the ones that are wanted."""
 
     def __init__(self, stream: BinaryIO) -> None:
-        """Takes a stream at the start of a tar; one that can seek is skipped through, another is read through."""
+        """Takes a stream at the start of a tar; one that can seek is skipped through, another is read through and may raise TarDamage."""
         self._stream = stream
         self._position = 0
         self._end: int | None = None
@@ -86,8 +86,7 @@ class TarStream:
         ended = False
         while True:
             offset = self._position
-            block = self._stream.read(BLOCK)
-            self._position += len(block)
+            block = self._take(BLOCK)
             if not block:
                 break
             if len(block) < BLOCK:
@@ -142,8 +141,7 @@ class TarStream:
         Raises:
             TarDamage: the stream ends before it does.
         """
-        data = self._stream.read(member.size)
-        self._position += len(data)
+        data = self._take(member.size, member.name)
         if len(data) < member.size:
             what = f"the file ends after {len(data)} of the {member.size} bytes of {member.name!r}"
             raise TarDamage(Reason.TRUNCATED, member.offset, what, member.name)
@@ -157,8 +155,7 @@ class TarStream:
                 f"a header extension claims {size} bytes (at most {MAX_METADATA_BYTES} are read)",
             )
         padded = size + -size % BLOCK
-        body = self._stream.read(padded)
-        self._position += len(body)
+        body = self._take(padded)
         if len(body) < padded:
             raise TarDamage(Reason.TRUNCATED, offset, "the file ends inside a header extension")
         return body[:size]
@@ -168,8 +165,7 @@ class TarStream:
         more = block[482]
         while more:
             offset = self._position
-            extension = self._stream.read(BLOCK)
-            self._position += len(extension)
+            extension = self._take(BLOCK, name)
             if len(extension) < BLOCK:
                 raise TarDamage(Reason.TRUNCATED, offset, f"the file ends inside the sparse map of {name!r}", name)
             more = extension[504]
@@ -184,13 +180,20 @@ class TarStream:
                 self._position = position
                 self._stream.seek(position)
             return
-        while self._position < position:
-            piece = self._stream.read(min(position - self._position, SKIP_BYTES))
-            self._position += len(piece)
-            if not piece and self._position < end:
+        while self._position < end:
+            if not self._take(min(end - self._position, SKIP_BYTES), member.name):
                 raise TarDamage(Reason.TRUNCATED, self._position, f"the file ends inside {member.name!r}", member.name)
-            if not piece:
-                return
+        self._take(position - self._position)
+
+    def _take(self, size: int, name: str | None = None) -> bytes:
+        """The next bytes, fewer only at the end; damage of the stream falls into the member of this name."""
+        try:
+            data = self._stream.read(size)
+        except TarDamage as damage:
+            damage.name = name
+            raise
+        self._position += len(data)
+        return data
 
 
 def _check(block: bytes, offset: int) -> None:
@@ -235,15 +238,15 @@ def _short_name(block: bytes) -> bytes:
 def _pax_records(body: bytes, offset: int) -> dict[bytes, bytes]:
     r"""Reads `LENGTH KEY=VALUE\n` records, where LENGTH counts the whole record."""
     records: dict[bytes, bytes] = {}
-    while body:
-        digits, blank, _ = body[:21].partition(b" ")
-        length = _decimal(digits, offset)
-        record = body[len(digits) + 1 : length]
-        key, equals, value = record.partition(b"=")
-        if not (blank and equals and value.endswith(b"\n") and length <= len(body)):
+    start = 0
+    while start < len(body):
+        digits, blank, _ = body[start : start + 21].partition(b" ")
+        stop = start + _decimal(digits, offset)
+        key, equals, value = body[start + len(digits) + 1 : stop].partition(b"=")
+        if not (blank and equals and value.endswith(b"\n") and stop <= len(body)):
             raise TarDamage(Reason.DAMAGED_TAR, offset, "a pax header is malformed")
         records[key] = value[:-1]
-        body = body[length:]
+        start = stop
     return records
 
 

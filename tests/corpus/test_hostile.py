@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import struct
 import subprocess
 import sys
+import tarfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.corpus import BadImage, Preprocessing, Reason, decode_image
+import tokenizer
+from pipelines.corpus import BadImage, Preprocessing, Reason, decode_image, plan_corpus
+from pipelines.encoder import Encoding, SpanEncoder
+from pipelines.foreign import packed
 
 MAIN = Path(__file__).with_name("measure_main.py")
 ROOT = MAIN.parents[2]
@@ -133,9 +139,110 @@ def test_files_made_to_waste_time_or_memory(tmp_path: Path) -> None:
     assert outcomes["script.jpg"] == "unsupported_format"
 
 
+def header(name: str, size: int, kind: bytes = b"0") -> bytes:
+    """A header of a tar, whatever size it claims."""
+    entry = tarfile.TarInfo(name)
+    entry.size, entry.type = size, kind
+    return entry.tobuf(tarfile.GNU_FORMAT)
+
+
+def hostile_tars() -> dict[str, bytes]:
+    png = encode("PNG")
+    good = header("a.png", len(png)) + png + bytes(-len(png) % 512)
+    long_name = header("././@LongLink", 1 << 20, b"L") + b"x" * (1 << 20)
+    pax = header("p", 1 << 20, b"x") + b"9 a=0123\n" * 116_508 + bytes((1 << 20) - 9 * 116_508)
+    sparse = bytearray(header("s.png", 512, b"S"))
+    sparse[482] = 1
+    sparse[148:156] = b"%06o\0 " % (sum(sparse[:148] + b" " * 8 + sparse[156:]))
+    return {
+        "claims.tar": good + header("b.png", 8 << 30) + png,
+        "terabyte.tar": good + header("b.png", 1 << 40),
+        "names.tar": good + (long_name + header("b", 0)) * 40 + bytes(1024),
+        "pax.tar": good + pax + header("b.png", 0) + bytes(1024),
+        "metadata.tar": good + header("././@LongLink", 200 << 20, b"L") + bytes(1024),
+        "sparse.tar": good + bytes(sparse) + (bytes(504) + b"\1" + bytes(7)) * 40_000,
+        "zeros.tar": good + bytes(40 << 20),
+        "members.tar": good + b"".join(header(f"b.{number}", 0) for number in range(20_000)) + bytes(1024),
+        "keys.tar": good + b"".join(header(f"{number}.cls", 0) for number in range(20_000)) + bytes(1024),
+        "zeros.tar.gz": gzip.compress(good + bytes(120 << 20), 1),
+        "claims.tar.gz": gzip.compress(good + header("b.png", 255 << 20) + bytes(120 << 20), 1),
+        "skipped.tar.gz": gzip.compress(good + header("b.mp4", 8 << 30) + bytes(120 << 20), 1),
+        "members.tar.gz": gzip.compress(good) + gzip.compress(bytes(1 << 20)) * 120,
+        "names.tar.gz": gzip.compress(good + (long_name + header("b", 0)) * 100, 1),
+    }
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks of memory are read from Linux's /proc")
+def test_tars_made_to_waste_time_or_memory(tmp_path: Path) -> None:
+    for name, data in hostile_tars().items():
+        (tmp_path / name).write_bytes(data)
+    outcomes = require_frugal(sorted(tmp_path.iterdir()))
+    assert outcomes == {
+        "claims.tar": "1 good, 1 truncated",
+        "terabyte.tar": "1 good, 1 truncated",
+        "names.tar": "1 good",
+        "pax.tar": "1 damaged_tar, 1 good",
+        "metadata.tar": "1 damaged_tar, 1 good",
+        "sparse.tar": "1 good, 1 truncated",
+        "zeros.tar": "1 good",
+        "members.tar": "1 ambiguous_image, 1 good",
+        "keys.tar": "1 good, 20000 missing_image",
+        "zeros.tar.gz": "1 good, 1 too_many_bytes",
+        "claims.tar.gz": "1 good, 1 too_many_bytes",
+        "skipped.tar.gz": "1 good, 1 too_many_bytes",
+        "members.tar.gz": "1 good, 1 too_many_bytes",
+        "names.tar.gz": "1 good, 1 too_many_bytes",
+    }
+
+
+@pytest.mark.realdata
+def test_hostile_tars_are_frugal(real_data: Path) -> None:
+    outcomes = require_frugal(sorted((real_data / "hostile" / "tars").iterdir()))
+    assert outcomes["empty.tar"] == "no corpus"
+    assert outcomes["truncated.tar"] == "8 good, 1 truncated"
+
+
 @pytest.mark.realdata
 def test_hostile_images_are_frugal(real_data: Path) -> None:
     require_frugal(sorted((real_data / "hostile" / "images").iterdir()))
+
+
+def traps() -> dict[str, bytes]:
+    """Broken files whose first `load()` raises, and whose second hands out what the first has left."""
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    files = {}
+    for kind, broken in (("PNG", b"\xff"), ("JPEG", b"\xff\xc0")):
+        file = io.BytesIO()
+        Image.fromarray(pixels).save(file, kind)
+        data = bytearray(file.getvalue())
+        middle = len(data) // 2
+        data[middle : middle + len(broken)] = broken
+        files[f"trap.{kind.lower()}"] = bytes(data)
+    return files
+
+
+def test_what_a_second_load_gives_is_no_row(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.set_num_threads", lambda number: None)
+    for name, data in traps().items():
+        (tmp_path / name).write_bytes(data)
+        with Image.open(io.BytesIO(data)) as image:
+            with pytest.raises(OSError, match="broken data stream"):
+                image.load()
+            image.load()  # the trap
+            assert np.asarray(image).any()
+        for _ in range(2):
+            with pytest.raises(BadImage, match="decode_error"):
+                decode_image(data, Preprocessing(8))
+    (tmp_path / "good.png").write_bytes(encode("PNG"))
+    encoder = SpanEncoder(packed(tokenizer.load(tokenizer_folder)), Preprocessing(16), Encoding(), "cpu")
+    (shard,) = plan_corpus(str(tmp_path)).shards
+    for _ in range(2):
+        (span,) = encoder.spans(shard)
+        assert span.samples["key"].to_pylist() == ["good"]
+        assert span.quarantine["source"].to_pylist() == ["trap.jpeg", "trap.png"]
+        assert all(len(codes) == 1 for codes in span.codes.values())
 
 
 def test_the_memory_allowed_decides() -> None:

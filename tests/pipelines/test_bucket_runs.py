@@ -125,12 +125,31 @@ def test_copies_go_from_and_to_buckets(uploaded: str, address: str, reference: P
     assert app(["slice", uploaded, "--rows", "10:50", "--out", f"{uploaded}/part.zarr"]) == 2
 
 
-def test_outputs_inside_what_is_read_are_refused() -> None:
-    for out, source in (("s3://b/photos/codes.zarr", "s3://b/photos/"), ("s3://b/photos", "s3://b/photos")):
-        with pytest.raises(UsageError, match="lies inside the corpus"):
-            refuse_inside(out, source)
-    refuse_inside("s3://b/photos-codes.zarr", "s3://b/photos")
-    refuse_inside("s3://b/codes.zarr", "photos")
+@pytest.mark.parametrize("out", ["{}/codes.zarr", "{}/more/codes.zarr", "{}", "{}/"])
+@pytest.mark.parametrize("here", ["s3://b/photos", "S3://b/photos", "s3://b/x/../photos", "s3://b/./ph%6ftos", "s3://b/x/../photos/more"])  # fmt: skip
+@pytest.mark.parametrize("source", ["s3://b/photos/", "s3://b/photos", "s3://b"])
+def test_outputs_inside_what_is_read_are_refused(out: str, here: str, source: str) -> None:
+    with pytest.raises(UsageError, match="lies inside the corpus"):
+        refuse_inside(out.format(here), source)
+
+
+def test_outputs_beside_what_is_read_are_not(tmp_path: Path) -> None:
+    for source in ("s3://b/photos", "s3://b/photos/", "gs://b", "s3://other", str(tmp_path)):
+        refuse_inside("s3://b/photos-codes.zarr", source)
+    refuse_inside(tmp_path / "codes.zarr", "s3://b/photos")
+    with pytest.raises(UsageError, match="lies inside the corpus"):
+        refuse_inside(f"file://{tmp_path}/codes.zarr", str(tmp_path))
+
+
+def test_tokenize_refuses_a_store_inside_its_corpus(
+    address: str, s3: Any, scenes: str, tokenizer_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    s3.upload(Path(scenes).parent, f"{address}/photos")
+    before = s3.objects(address)
+    out = f"{address}/photos/codes.zarr"
+    assert app(["tokenize", f"{address}/photos/", "--tokenizer", str(tokenizer_folder), "--out", out]) == 2
+    assert f"--out {out}: lies inside the corpus" in " ".join(capsys.readouterr().err.split())
+    assert s3.objects(address) == before
 
 
 def test_an_address_that_became_a_path_makes_no_folder(

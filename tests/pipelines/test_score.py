@@ -13,17 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import zarr
-from PIL import Image
 
 import priors
-import tokenizer
 from pipelines.cli import app
-from pipelines.pictures import GAP, LINE, MARGIN, TITLE, Panel, code_colours, side_by_side
 from pipelines.prior_inputs import split_rows
-from pipelines.surprise import bits_bar, ends, heat, z_scores
+from pipelines.surprise import ends, z_scores
 from priors.level import inference
 from priors.likelihood import level_nats
-from tokenizer.protocol import level_specs
 from vqmill import Codes, open_codes
 from vqmill.spec import LevelSpec, Segment
 
@@ -364,78 +360,6 @@ def test_a_stopped_run_is_made_anew_and_whole(
         assert path.is_dir() or name.name == "run.json" or path.read_bytes() == made[1][name].read_bytes()
 
 
-def tile(picture: Image.Image, left: int, index: int, columns: int, side: int, top: int = 0) -> np.ndarray[Any, Any]:
-    """Pixels [side, side, 3] of one tile of the panel that begins at `left`, in the sheet that begins at `top`."""
-    x, y = left + index % columns * (side + GAP), top + MARGIN + TITLE + index // columns * (side + 2 * LINE + GAP)
-    return np.asarray(picture)[y : y + side, x : x + side]
-
-
-def test_without_a_tokenizer_the_picture_shows_codes_and_where_their_bits_are(
-    store: Path, prior: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out, columns, side = tmp_path / "scores", 4, 66
-    assert run("score", prior, store, "--out", out, "--num", "5") == 0
-    assert "the picture shows codes as colours, not images:" in capsys.readouterr().out
-    picture = Image.open(out / "least_and_most_likely.png")
-    wide, tall = columns * (side + GAP) - GAP, TITLE + 2 * MARGIN + 2 * (side + 2 * LINE + GAP) - GAP
-    bar = bits_bar()
-    assert picture.size == (4 * (wide + MARGIN) + MARGIN, 2 * tall + bar.height)
-    foot = picture.crop((0, 2 * tall, bar.width, picture.height))
-    np.testing.assert_array_equal(np.asarray(foot), np.asarray(bar))
-    assert len(np.unique(np.asarray(bar)[0, MARGIN:-MARGIN], axis=0)) > 200, "of many colours"
-    record, codes = json.loads((out / "score.json").read_bytes()), open_codes(store)
-    maps = zarr.open_group(out / "maps.zarr", mode="r")
-    for sheet, end in ((0, "least_likely"), (1, "most_likely")):
-        for index, entry in enumerate(record[end]):
-            for panel, name in enumerate(("top", "bottom")):
-                painted = code_colours(codes[name][[entry["row"]]], side)[0].transpose(1, 2, 0)
-                warm = heat(np.asarray(maps[name][entry["row"]])[None], side)[0].transpose(1, 2, 0)
-                for place, wanted in ((panel, painted), (2 + panel, warm)):
-                    left = MARGIN + place * (wide + MARGIN)
-                    np.testing.assert_array_equal(tile(picture, left, index, columns, side, sheet * tall), wanted)
-
-
-@pytest.mark.parametrize("recorded", [True, False], ids=["recorded", "flag"])
-def test_with_a_tokenizer_the_picture_shows_images(
-    stores: Any,
-    tokenizer_folder: Path,
-    tmp_path: Path,
-    recorded: bool,
-    no_fsync: None,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    model = tokenizer.load(tokenizer_folder)
-    spec = replace(
-        stores.two_levels, levels=tuple(level_specs(model, 16)),
-        tokenizer={"fingerprint": model.fingerprint, "preset": model.name, "precision": "float32"},
-    )  # fmt: skip
-    store, out = stores.write(tmp_path / "codes.zarr", spec, stores.codes(spec, 3)), tmp_path / "scores"
-    shapes = [
-        priors.LevelShape(level.name, level.codebook_size, (level.grid[0], level.grid[1])) for level in spec.levels
-    ]
-    priors.save(toy(0, shapes, model.fingerprint), tmp_path / "prior")
-    (tmp_path / "codes.zarr.run.json").write_text(json.dumps({"tokenizer": str(tokenizer_folder)} if recorded else {}))
-    words = () if recorded else ("--tokenizer", tokenizer_folder)
-    assert run("score", tmp_path / "prior", store, "--out", out, "--num", "1", *words) == 0
-    assert "the picture shows codes" not in capsys.readouterr().out
-    record = json.loads((out / "score.json").read_bytes())
-    picture = Image.open(out / "least_and_most_likely.png")
-    row, codes = record["least_likely"][0]["row"], open_codes(store)
-    image = model.decode({name: torch.from_numpy(codes[name][[row]].astype(np.int64)) for name in codes.levels})[0]
-    enlarged = image.numpy().transpose(1, 2, 0).repeat(4, 0).repeat(4, 1)  # 16 pixels a side to 64
-    np.testing.assert_array_equal(tile(picture, MARGIN, 0, 1, 64), enlarged)
-
-
-def test_heat_has_a_fixed_scale() -> None:
-    colours = heat(np.array([[[0.0, 16 / 3], [32 / 3, 16.0]], [[99.0, 0.0], [0.0, 8.0]]]), 4)
-    assert colours.shape == (2, 3, 4, 4)
-    assert [tuple(colours[0, :, y, x]) for y, x in ((1, 1), (0, 2), (3, 0), (3, 3))] == [
-        BLACK, (255, 0, 0), (255, 255, 0), WHITE,
-    ]  # fmt: skip
-    assert tuple(colours[1, :, 0, 0]) == WHITE
-    assert tuple(colours[1, :, 3, 3]) == (255, 128, 0)
-
-
 def test_equal_rows_have_z_zero_though_their_bits_are_rounded() -> None:
     assert z_scores(np.array([100.0, 100.0 + 1e-6, 100.0])).tolist() == [0, 0, 0]
     assert z_scores(np.array([100.0, 101.0, 5.0]), np.array([3, 3, 8])).tolist() == [-1, 1, 0]
@@ -446,10 +370,3 @@ def test_no_row_is_at_both_ends() -> None:
     assert [part.tolist() for part in ends(bits, 2)] == [[4, 0], [1, 3]]
     assert [part.tolist() for part in ends(bits, 9)] == [[4, 0, 2], [1, 3]]
     assert [part.tolist() for part in ends(bits[:1], 9)] == [[0], []]
-
-
-def test_a_panel_is_as_wide_as_its_title() -> None:
-    images = np.zeros((1, 3, 8, 8), np.uint8)
-    short, long = (side_by_side([Panel(title, images)] * 2, 1).width for title in ("a", "a title of many words"))
-    assert short < 60
-    assert long > 200
