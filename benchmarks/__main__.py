@@ -15,7 +15,21 @@ import numpy as np
 import torch
 import zarr
 
-from benchmarks import buckets, corpus, entropy, images, loading, models, priors, reading, scale, shuffling, training
+from benchmarks import (
+    buckets,
+    corpus,
+    entropy,
+    images,
+    loading,
+    models,
+    priors,
+    reading,
+    scale,
+    shuffling,
+    simulation,
+    tokenizing,
+    training,
+)
 from benchmarks.measure import Line
 from vqmill import native
 
@@ -42,6 +56,8 @@ SECTIONS: dict[str, Section] = {
     "raw": corpus.raw,
     "s3": corpus.s3,
     "encoding": corpus.encoding,
+    "tokenizing": tokenizing.tokenizing,
+    "simulation": simulation.simulation,
 }
 
 

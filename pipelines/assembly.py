@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,11 +25,21 @@ MAX_WRITES = 4  # Zarr shards being written at a time
 
 @dataclass(frozen=True)
 class SpanFacts:
-    """What is known of a span without its codes."""
+    """What is known of a span without its codes.
+
+    Attributes:
+        index: its place in the input shard.
+        rows: code rows.
+        counts: samples.
+        reasons: of those that were quarantined.
+        seconds: that it took to make, the waiting for others not counted.
+    """
 
     index: int
     rows: int
     counts: Counts
+    reasons: Mapping[str, int] = field(default_factory=dict[str, int])
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)

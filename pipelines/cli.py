@@ -126,7 +126,7 @@ def tokenize(
         limit: take the first so many samples of the corpus only. A larger limit later, or none, appends the next ones.
         retry_quarantined: try again the samples that a finished store has set aside, for example when their files were restored. Those that
             work now become rows behind the others. Nothing else is appended: that takes the same command without this.
-        dry_run: say what would be done and how large it would be, and stop.
+        dry_run: say what would be done, and from some samples that are encoded here how long it would take and how large it would be; write nothing.
     """
     from pipelines.tokenize_command import tokenize as job
 

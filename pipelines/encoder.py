@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
@@ -55,6 +56,11 @@ class Span:
     def counts(self) -> Counts:
         """Encoded and quarantined samples."""
         return Counts(encoded=self.samples.num_rows, quarantined=self.quarantine.num_rows)
+
+    @property
+    def reasons(self) -> Counter[str]:
+        """Quarantined samples by reason."""
+        return Counter(map(str, self.quarantine["reason"].to_pylist()))
 
 
 def describe_device(device: str) -> str:

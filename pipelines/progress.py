@@ -17,7 +17,7 @@ class Meter:
 
     def __init__(self, title: str, unit: str, console: Console, bar: Progress | None) -> None:
         self._title, self._unit, self._console, self._bar = title, unit, console, bar
-        self._task = bar.add_task(title, total=None, note="") if bar else None
+        self._task = bar.add_task(title, total=None, note="", rate="") if bar else None
         self._start = self._logged = time.monotonic()
         self._first: int | None = None
 
@@ -31,14 +31,16 @@ class Meter:
         """
         if self._first is None:  # what comes before, such as Ray's start, is no part of the rate
             self._first, self._start = done, time.monotonic()
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=done, total=total, note=note)
-            return
+            if self._bar is not None and self._task is not None:
+                self._bar.reset(self._task, completed=done, total=total)
         now = time.monotonic()
+        rate = (done - self._first) / (now - self._start) if now > self._start else 0.0
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=done, total=total, note=note, rate=f"{rate:,.1f}/s" if rate else "")
+            return
         if now - self._logged < LOG_EVERY_SECONDS:
             return
         self._logged = now
-        rate = (done - self._first) / (now - self._start)
         left = f", {(total - done) / rate:,.0f} s left" if total and rate > 0 else ""
         of = f" of {total:,} ({done / total:.0%})" if total else ""
         self._console.print(
@@ -60,8 +62,8 @@ def meter(title: str, unit: str) -> Iterator[Meter]:
         yield Meter(title, unit, console, None)
         return
     columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn(),
-        TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn(unit), TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
     )  # fmt: skip
     with Progress(*columns, console=console, transient=True) as bar:
         yield Meter(title, unit, console, bar)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -33,9 +34,13 @@ class EncoderActor:
 
     def encode(self, shard: InputShard, first_span: int, stop_span: int | None) -> Iterator[Span | SpanFacts]:
         """Streams each span, then its facts: facts that arrive say that the span is safely stored."""
-        for span in self._encoder.spans(shard, first_span, stop_span):
+        spans = self._encoder.spans(shard, first_span, stop_span)
+        begun = time.monotonic()
+        while span := next(spans, None):
+            seconds = time.monotonic() - begun
             yield span
-            yield SpanFacts(span.index, span.samples.num_rows, span.counts)
+            yield SpanFacts(span.index, span.samples.num_rows, span.counts, span.reasons, seconds)
+            begun = time.monotonic()
 
 
 @ray.remote(num_cpus=0)

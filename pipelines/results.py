@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from vqmill.commits import Counts
+from vqmill.spec import LevelSpec
 
 OK, FAILED, USAGE, QUARANTINED = 0, 1, 2, 3
 
@@ -43,6 +44,13 @@ def one_line(text: str) -> str:
     'a\\nb'
     """
     return printable(text).replace("\n", "\\n")
+
+
+def grids(levels: Iterable[LevelSpec]) -> str:
+    """Levels in words, such as `top 4x4 of 512 codes, bottom 8x8 of 512 codes`."""
+    return ", ".join(
+        f"{level.name} {'x'.join(map(str, level.grid))} of {level.codebook_size} codes" for level in levels
+    )
 
 
 @dataclass

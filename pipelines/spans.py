@@ -11,6 +11,7 @@ from pipelines.assembly import ArrivedSpan, SpanFacts
 from pipelines.corpus.plan import InputShard
 from pipelines.encoder import SPAN_SAMPLES
 from pipelines.errors import RunFailed
+from pipelines.watch import Watch
 from vqmill.commits import Cursor
 from vqmill.errors import CodesError
 
@@ -35,16 +36,15 @@ class Encoders:
         """
         self._shards, self._start_actor, self._workers, self._computed_on = shards, start_actor, workers, computed_on
         self._actors: list[Any] = []
+        self._numbers: dict[Any, int] = {}
 
-    def between(
-        self, start: Cursor, stop: Cursor, arrived: Callable[[SpanFacts], None] = lambda facts: None
-    ) -> Iterator[ArrivedSpan]:
+    def between(self, start: Cursor, stop: Cursor, watch: Watch) -> Iterator[ArrivedSpan]:
         """Encodes from one cursor to another; of a span in which `stop` lies, all.
 
         Args:
             start: the first span wanted.
             stop: the first one not wanted, unless it has rows before `stop`.
-            arrived: called with each span as it arrives, in any order.
+            watch: is told what the actors do.
 
         Raises:
             RunFailed: an input shard keeps killing its worker, a worker failed otherwise, or machines are of different kinds.
@@ -53,10 +53,11 @@ class Encoders:
         units = stop.input_shard + bool(stop_span)
         if start.input_shard < units:
             self._staff(min(self._workers, units - start.input_shard))
+            watch.hired(len(self._actors))
             limits = {stop.input_shard: stop_span} if stop_span else {}
             window = WINDOW * self._workers
             yield from _Range(
-                self._shards, self._actors, self._start_actor, window, start, units, limits, arrived
+                self._shards, self._actors, self._numbers, self._start_actor, window, start, units, limits, watch
             ).run()
 
     def _staff(self, wanted: int) -> None:
@@ -72,6 +73,7 @@ class Encoders:
             raise RunFailed(
                 f"the machines differ ({'; '.join(sorted(kinds))}), and so might their codes. Run on machines of one kind."
             )
+        self._numbers |= {actor: number for number, actor in enumerate(new, len(self._actors))}
         self._actors += new
 
 
@@ -91,22 +93,24 @@ class _Range:
     Attributes:
         shards: the plan's input shards.
         idle: actors without work; all of them again at the end.
+        numbers: of actors; who takes a dead one's place takes its number.
         start_actor: replaces one that died.
         window: input shards in flight.
         start: the first span.
         units: the first input shard not wanted.
         limits: the first span not wanted, of an input shard that is not encoded to its end.
-        report: see `Encoders.between`.
+        watch: see `Encoders.between`.
     """
 
     shards: Sequence[InputShard]
     idle: list[Any]
+    numbers: dict[Any, int]
     start_actor: Callable[[], Any]
     window: int
     start: Cursor
     units: int
     limits: dict[int, int]
-    report: Callable[[SpanFacts], None]
+    watch: Watch
     running: dict[Any, _Running] = field(default_factory=dict[Any, _Running])
     arrived: dict[int, deque[ArrivedSpan]] = field(default_factory=dict[int, deque[ArrivedSpan]])
     ended: set[int] = field(default_factory=set[int])
@@ -139,6 +143,7 @@ class _Range:
             encode = actor.encode.options(num_returns="streaming", _generator_backpressure_num_objects=16)
             stream = encode.remote(self.shards[unit], span, self.limits.get(unit))
             self.running[stream] = _Running(unit, actor, span)
+            self.watch.began(self.numbers[actor], unit, span)
 
     def _receive(self) -> None:
         """Waits for a span, or for the end of an input shard."""
@@ -155,6 +160,7 @@ class _Range:
                 self._require_whole(task)
                 self.ended.add(task.unit)
                 self.idle.append(task.actor)
+                self.watch.ended(self.numbers[task.actor], task.unit)
             except RayTaskError as error:
                 name = self.shards[task.unit].name
                 kind = CodesError if isinstance(error.cause, CodesError) else RunFailed  # it would come again
@@ -162,12 +168,13 @@ class _Range:
             except RayError as error:
                 del self.running[stream]
                 self._bury(task, error)
-                self.idle.append(self.start_actor())
+                self.idle.append(actor := self.start_actor())
+                self.numbers[actor] = self.numbers.pop(task.actor)
             else:
                 task.next_span = facts.index + 1
                 self.seen[task.unit] += facts.counts.seen
                 self.arrived.setdefault(task.unit, deque()).append(ArrivedSpan(task.unit, facts, span))
-                self.report(facts)
+                self.watch.arrived(self.numbers[task.actor], task.unit, facts)
 
     def _has_room(self, unit: int) -> bool:
         return unit == self.current or len(self.arrived.get(unit, ())) < MAX_WAITING_SPANS
@@ -184,6 +191,7 @@ class _Range:
 
     def _bury(self, task: _Running, error: Exception) -> None:
         """An actor died: its input shard goes to a new one, from the first span that did not arrive."""
+        self.watch.died(self.numbers[task.actor], task.unit)
         self.deaths[task.unit, task.next_span] += 1
         deaths = self.deaths[task.unit, task.next_span]
         if deaths == MAX_DEATHS:

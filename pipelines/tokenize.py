@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
-from pipelines.assembly import ArrivedSpan, extend, mend
+from pipelines.assembly import extend, mend
 from pipelines.cluster import ray_cluster
 from pipelines.corpus.images import Preprocessing
 from pipelines.corpus.plan import Plan
@@ -21,7 +21,9 @@ from pipelines.foreign import packed, store_record
 from pipelines.growth import Job, grows, planned_job
 from pipelines.options import ImageFlags
 from pipelines.outputs import require_room
+from pipelines.shard_log import Note, shard_log
 from pipelines.spans import Encoders
+from pipelines.watch import Watch, Worker
 from tokenizer.protocol import ImageTokenizer, level_specs
 from vqmill.commits import Counts, Cursor, counts_of
 from vqmill.layout import find_spec
@@ -30,6 +32,7 @@ from vqmill.spec import Segment, StoreSpec, default_rows_per_shard, usable_rows_
 from vqmill.store import open_codes
 from vqmill.writer import StoreWriter
 
+Progress = Callable[[int, int, str], None]
 SAMPLE_BYTES = 256  # what a row of the samples table takes on the disk without long captions
 
 
@@ -73,6 +76,8 @@ class TokenizeResult:
         waiting: samples of the corpus behind those that a retry looks at.
         rows_per_shard: of the store.
         seconds: of this run.
+        workers: what each encoder actor did.
+        statistics: the file with a line for each input shard that this run came to the end of; empty when there was nothing to do.
     """
 
     counts: Counts
@@ -84,6 +89,8 @@ class TokenizeResult:
     reasons: dict[str, int]
     rows_per_shard: int
     seconds: float
+    workers: tuple[Worker, ...] = ()
+    statistics: str = ""
     retried: int = 0
     still_bad: tuple[dict[str, str], ...] = ()
     waiting: int = 0
@@ -123,7 +130,7 @@ def tokenize_corpus(
     model: ImageTokenizer,
     out: Where,
     options: TokenizeOptions,
-    progress: Callable[[int, int, str], None],
+    progress: Progress,
     started: Callable[[], None] = lambda: None,
     *,
     retry: bool = False,
@@ -158,7 +165,8 @@ def tokenize_corpus(
     worked = not (found and found.complete and len(parts[-1].shards) == found.segments[-1].input_shards)
     if worked:
         started()
-    outcomes = [_carry_out(part, model, place, options, progress, job) for part in parts]
+    with shard_log(place) as (log, note):
+        outcomes = [_carry_out(part, model, place, options, progress, note, job) for part in parts]
     codes = open_codes(place)
     quarantine = codes.quarantine()
     reasons = Counter(str(reason) for reason in quarantine["reason"].to_pylist())
@@ -175,16 +183,19 @@ def tokenize_corpus(
         seconds=time.monotonic() - start,
         retried=last.retries if retry and worked else 0,
         still_bad=tuple(quarantine.select(["key", "source", "reason", "detail"]).to_pylist()) if retry else (),
+        workers=tuple(worker for outcome in outcomes for worker in outcome.workers),
+        statistics=str(log) if worked else "",
         waiting=plan.num_samples - (parts[-1].num_samples - parts[-1].num_retried) if retry else 0,
     )
 
 
 @dataclass(frozen=True)
 class _Outcome:
-    """Counts of all commits of a plan that is brought to its end, and the Zarr shards that had to be made again for it."""
+    """Counts of all commits of a plan that is brought to its end, and for this the Zarr shards that were made again, and the workers."""
 
     counts: Counts
     mended: list[int]
+    workers: list[Worker]
 
 
 def _carry_out(
@@ -192,7 +203,8 @@ def _carry_out(
     model: ImageTokenizer,
     out: Place,
     options: TokenizeOptions,
-    progress: Callable[[int, int, str], None],
+    progress: Progress,
+    note: Note,
     job: Job,
 ) -> _Outcome:
     """Brings a plan to its end, unless it is there already."""
@@ -204,23 +216,23 @@ def _carry_out(
         elif found and grows(found, plan):
             writer.grow(plan.digest, len(plan.shards), plan.num_samples, spec.corpus)
         mended: list[int] = []
+        workers: list[Worker] = []
         if not writer.spec.complete:
             mended = writer.missing_shards()
             with ray_cluster(options.workers, options.device):
-                _run(plan, model, writer, mended, options, progress)
+                workers = _run(plan, model, writer, mended, options, progress, note)
             if writer.counts.seen != plan.num_samples:
                 raise RunFailed(
                     f"{out.name}: {plan.num_samples:,} samples were planned, {writer.counts.seen:,} came out; the store is left unfinished."
                 )
             writer.finish()
-        return _Outcome(counts_of(writer.spec, writer.commits), mended)
+        return _Outcome(counts_of(writer.spec, writer.commits), mended, workers)
 
 
 def _run(
-    plan: Plan, model: ImageTokenizer, writer: StoreWriter, missing: list[int], options: TokenizeOptions,
-    progress: Callable[[int, int, str], None],
-) -> None:  # fmt: skip
-    """Makes again what is missing of the committed Zarr shards, then encodes what is not committed."""
+    plan: Plan, model: ImageTokenizer, writer: StoreWriter, missing: list[int], options: TokenizeOptions, progress: Progress, note: Note
+) -> list[Worker]:  # fmt: skip
+    """Makes again what is missing of the committed Zarr shards, then encodes what is not committed; says what each worker did for that."""
     import ray
 
     from pipelines.remote import EncoderActor, RayHands
@@ -234,18 +246,16 @@ def _run(
         writer.spec.tokenizer["computed_on"],
     )
     hands, end = RayHands(), Cursor(len(plan.shards))
-    counts = writer.counts
+    before = writer.counts
 
-    def lost(start: Cursor, stop: Cursor) -> Iterator[ArrivedSpan]:
-        progress(counts.seen, plan.num_samples, "making lost Zarr shards again")
-        return encoders.between(start, stop)
+    def again(done: int, total: int, note: str) -> None:
+        progress(before.seen, plan.num_samples, f"making lost Zarr shards again; {note}")
 
-    def show(new: Counts) -> None:
-        nonlocal counts
-        counts = counts + new
-        quarantined = counts.quarantined - writer.spec.retried(counts.seen)
-        progress(counts.seen, plan.num_samples, f"{quarantined:,} quarantined" if quarantined else "")
+    def watch(show: Progress, note: Note) -> Watch:
+        return Watch(plan.shards, before, plan.num_samples, writer.spec.retried, show, note)
 
-    mend(writer, missing, lost, hands)
-    show(Counts())
-    extend(writer, encoders.between(writer.cursor, end, lambda facts: show(facts.counts)), end.input_shard, hands)
+    mending, working = watch(again, lambda facts: None), watch(progress, note)
+    mend(writer, missing, lambda start, stop: encoders.between(start, stop, mending), hands)
+    working.show()
+    extend(writer, encoders.between(writer.cursor, end, working), end.input_shard, hands)
+    return working.workers

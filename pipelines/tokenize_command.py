@@ -12,21 +12,19 @@ from typing import Any
 
 import torch
 
-from pipelines.corpus.plan import Plan
 from pipelines.encoder import Encoding
 from pipelines.foreign import ForeignTokenizer, load_tokenizer
-from pipelines.growth import grows, planned_job
 from pipelines.options import Codec, Device, ImageFlags, Precision, choose_device, default_workers
 from pipelines.outputs import disk_bytes, refuse_inside, run_record
 from pipelines.planning import planned
 from pipelines.progress import meter
-from pipelines.results import Result
-from pipelines.tokenize import TokenizeOptions, TokenizeResult, store_spec, tokenize_corpus
+from pipelines.rehearsal import dry_run as dry_run_of
+from pipelines.results import Result, grids
+from pipelines.tokenize import TokenizeOptions, TokenizeResult, tokenize_corpus
 from pipelines.training_record import trained_images
-from tokenizer.protocol import ImageTokenizer, level_specs
+from tokenizer.protocol import level_specs
 from vqmill.errors import CodesError, UsageError
 from vqmill.files import canonical_json
-from vqmill.layout import find_spec
 from vqmill.places import FileAt, Folder, Where, place_of
 from vqmill.spec import MOST_ROWS_PER_SHARD, LevelSpec
 
@@ -68,7 +66,7 @@ def tokenize(
     if limit is not None:
         plan = plan.first_samples(limit)
     if dry_run:
-        return _dry_run(plan, model, out, options, retry=retry_quarantined)
+        return dry_run_of(plan, model, out, options, retry=retry_quarantined)
 
     def record(**outcome: Any) -> None:
         place = tokenizer_place(tokenizer_path, module, out)
@@ -79,7 +77,8 @@ def tokenize(
         # Said at the beginning, too: who finds an unfinished store looks there for the command that finishes it.
         made = tokenize_corpus(plan, model, out, options, show, started=record, retry=retry_quarantined)
     if made.did_something or not run_file(out).exists():
-        record(rows=made.rows, counts=asdict(made.counts), seconds=made.seconds)
+        encoders = [worker.facts() for worker in made.workers]
+        record(rows=made.rows, counts=asdict(made.counts), seconds=made.seconds, encoders=encoders)
     size = disk_bytes(out)
     lines = _made_lines(out, levels, made, size)
     lines += _retry_lines(made) if retry_quarantined else []
@@ -97,6 +96,8 @@ def tokenize(
         )
     lines += [f"quarantined: {count:,} {reason}" for reason, count in sorted(made.reasons.items())]
     lines += [f"skipped: {count:,} {reason}" for reason, count in sorted(plan.skipped.items())]
+    if made.statistics:
+        lines.append(f"each input shard in numbers: {made.statistics}")
     lines.append(f"next: {next_command(out, levels)}")
     facts = {
         "out": str(out),
@@ -105,6 +106,7 @@ def tokenize(
         "appended_rows": made.appended_rows,
         "mended_shards": list(made.mended),
         "reasons": made.reasons,
+        "input_shard_statistics": made.statistics,
         "retried": made.retried,
         "fingerprint": model.fingerprint,
     }
@@ -119,7 +121,7 @@ def _made_lines(out: str | Path, levels: Iterable[LevelSpec], made: TokenizeResu
         run = f"this run: {new:,} rows in {made.seconds:,.1f} s, start-up included ({new / made.seconds:,.0f} rows/s)"
         run += f"; {made.resumed_rows:,} rows were committed before" if made.resumed_rows else ""
     return [
-        f"{out}: {made.rows:,} rows of {_grids(levels)}; {size / 1e6:,.2f} MB on disk, "
+        f"{out}: {made.rows:,} rows of {grids(levels)}; {size / 1e6:,.2f} MB on disk, "
         f"{made.counts.quarantined:,} samples quarantined",
         run,
     ]
@@ -146,12 +148,6 @@ def next_command(out: str | Path, levels: Iterable[LevelSpec]) -> str:
     flat = all(len(level.grid) == 2 for level in levels)
     place = shlex.quote(str(out))
     return f"vqmill train-prior {place} --out DIR" if flat else f"vqmill inspect {place}"
-
-
-def _grids(levels: Iterable[LevelSpec]) -> str:
-    return ", ".join(
-        f"{level.name} {'x'.join(map(str, level.grid))} of {level.codebook_size} codes" for level in levels
-    )
 
 
 def run_file(store: Where) -> FileAt:
@@ -200,39 +196,3 @@ def relative_to_store(what: Where, store: Where) -> str:
         return place.name
     path = place.path.absolute()
     return os.path.relpath(path, folder.path.absolute()) if isinstance(folder, Folder) else str(path)
-
-
-def _dry_run(plan: Plan, model: ImageTokenizer, out: str | Path, options: TokenizeOptions, *, retry: bool) -> Result:
-    place = place_of(out)
-    found = find_spec(place)
-    job = planned_job(plan, place, found, retry=retry)
-    plan = job.parts[-1]
-    spec = store_spec(plan, model, options)
-    raw = plan.num_samples * spec.row_bytes
-    done = more = 0
-    state = "nothing is there yet"
-    if found:
-        job.require_same(out, found, spec, plan)
-        done, more = found.num_rows, plan.num_samples - found.segments[-1].num_samples
-        state = f"{done:,} rows are committed already"
-        if job.retries:
-            state = f"would try {job.retries:,} quarantined samples again, behind {done:,} rows"
-        elif grows(found, plan):
-            state = f"would append {more:,} samples to {done:,} rows"
-    lines = [
-        f"{plan.corpus}: {len(plan.shards):,} input shards, {plan.num_samples:,} samples, {plan.num_bytes / 1e6:,.1f} MB",
-        f"{out}: {_grids(spec.levels)}; at most {raw / 1e6:,.1f} MB before compression, {spec.rows_per_shard:,} rows a Zarr shard",
-        state,
-        f"{options.workers} workers on {options.device}; nothing was written",
-    ]
-    return Result(
-        lines,
-        facts={
-            "samples": plan.num_samples,
-            "input_shards": len(plan.shards),
-            "raw_bytes": raw,
-            "committed_rows": done,
-            "appended_samples": 0 if job.retries else more,
-            "retried_samples": job.retries,
-        },
-    )

@@ -23,6 +23,7 @@ from pipelines.corpus.plan import Plan
 from pipelines.encoder import SpanEncoder
 from pipelines.foreign import packed
 from pipelines.tokenize import TokenizeOptions
+from pipelines.watch import Worker
 from vqmill.commits import Cursor
 from vqmill.writer import StoreWriter
 
@@ -78,8 +79,8 @@ class Here:
 
 
 def run_here(
-    plan: Plan, model: Any, writer: StoreWriter, missing: list[int], options: TokenizeOptions, progress: Any
-) -> None:
+    plan: Plan, model: Any, writer: StoreWriter, missing: list[int], options: TokenizeOptions, progress: Any, note: Any
+) -> list[Worker]:
     """As the driver does, without its actors: most tests need no processes."""
     encoder = SpanEncoder(
         packed(model), Preprocessing(size=options.size, channels=model.channels), options.encoding, options.device
@@ -94,6 +95,7 @@ def run_here(
 
     mend(writer, missing, between, Here())
     extend(writer, between(writer.cursor, Cursor(len(plan.shards))), len(plan.shards), Here())
+    return []
 
 
 @pytest.fixture

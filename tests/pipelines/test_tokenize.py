@@ -27,7 +27,7 @@ from pipelines.errors import RunFailed
 from pipelines.foreign import packed
 from pipelines.tokenize import TokenizeOptions, TokenizeResult, tokenize_corpus
 from pipelines.tokenize_command import next_command
-from vqmill.commits import Cursor
+from vqmill.commits import Counts, Cursor
 from vqmill.errors import UsageError
 from vqmill.layout import group_metadata
 from vqmill.spec import LevelSpec
@@ -170,15 +170,17 @@ def test_an_input_shard_that_keeps_killing_its_actor_is_named(
 
 def test_an_input_shard_that_ends_early_stops_the_job(scenes: str) -> None:
     from pipelines.spans import _Range, _Running
+    from pipelines.watch import Watch
 
     plan = plan_corpus(scenes)
+    unwatched = Watch(plan.shards, Counts(), plan.num_samples, lambda seen: 0, quiet, lambda line: None)
     shards = (*plan.shards[:2], replace(plan.shards[2], num_samples=101))
-    stretch = _Range(shards, [], lambda: None, 4, Cursor(), 3, {}, lambda facts: None)
+    stretch = _Range(shards, [], {}, lambda: None, 4, Cursor(), 3, {}, unwatched)
     stretch.seen[2] = 100
     with pytest.raises(RunFailed, match="gave 100 samples, 101 were planned"):
         stretch._require_whole(_Running(2, None, 1))
     shards = (replace(plan.shards[0], num_samples=600),)
-    stretch = _Range(shards, [], lambda: None, 4, Cursor(0, 1), 1, {0: 2}, lambda facts: None)
+    stretch = _Range(shards, [], {}, lambda: None, 4, Cursor(0, 1), 1, {0: 2}, unwatched)
     stretch.seen[0] = 256
     stretch._require_whole(_Running(0, None, 2))
 
