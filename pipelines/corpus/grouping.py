@@ -17,6 +17,7 @@ from pipelines.corpus.tar import Member, TarDamage, TarStream
 
 MAX_SAMPLE_BYTES = 256 << 20  # of the members of one sample that are read; a 100-megapixel photograph has about 50 MB
 MAX_SAMPLE_MEMBERS = 4096
+SHORT_TEXT = 512  # bytes: labels, and captions of a sentence or two
 _TEXTS = ("cls", "txt", "json")
 
 
@@ -27,7 +28,7 @@ class Part:
     Attributes:
         offset: where its data begins in the tar, in bytes.
         size: in bytes.
-        data: its bytes; None when they were not asked for.
+        data: its bytes; None when they were not read.
     """
 
     offset: int
@@ -115,7 +116,7 @@ class _Group:
             what = f"more than {MAX_SAMPLE_MEMBERS} members share this key; a key ends at the first dot of the name"
             self.fail(Problem(Reason.AMBIGUOUS_IMAGE, what))
             return
-        wanted = read and load and self.problem is None
+        wanted = read and self.problem is None and (load or (member.size <= SHORT_TEXT and _kind(extension) in _TEXTS))
         self.parts[extension] = Part(member.offset, member.size, tar.read(member) if wanted else None)
 
     def fail(self, problem: Problem) -> None:
@@ -179,7 +180,7 @@ def walk_samples(stream: BinaryIO, tally: Tally, start: int = 0, load: bool = Tr
         stream: the tar from its start; one that can seek is faster to skip through.
         tally: counts what is passed over.
         start: samples before this index are walked past, unread.
-        load: whether to read the data of the members that samples use.
+        load: whether to read the data of the members that samples use; short texts, which cost nothing here, are read anyway.
 
     Never raises for what the tar holds. Damage ends the walk with one row: of the sample it falls into, else of the key `@BYTE`.
     """

@@ -33,6 +33,7 @@ THREADS = 16  # requests in flight
 OPEN_OBJECTS = 2  # whose parts are kept
 READ_AHEAD = 1 << 15  # bytes; what is larger is read where it belongs, not copied there
 Answer = TypeVar("Answer")
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 class BucketLost(RunFailed):
@@ -41,7 +42,7 @@ class BucketLost(RunFailed):
 
 def is_address(path: str) -> bool:
     """Whether this names objects, not files: `s3://bucket/prefix/`."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path) is not None
+    return _SCHEME.match(path) is not None
 
 
 def check_address(address: str) -> None:

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pipelines.corpus.grouping import MAX_SAMPLE_BYTES, Part, Tally, TarSample, walk_samples
 from pipelines.corpus.idx import read_idx
 from pipelines.corpus.names import is_gzip_tar, text_of
-from pipelines.corpus.objects import RemoteObject, changed, get_object, is_address, open_object, open_tar, require_size
+from pipelines.corpus.objects import RemoteObject, changed, get_object, is_address, open_object, open_tar
 from pipelines.corpus.plan import FileBundle, IdxRange, ImageFile, InputShard, Retried, TarFile
 from pipelines.corpus.problems import CorpusError, Problem, Reason
 
@@ -74,8 +74,10 @@ class SampleRef:
 
     @property
     def held_bytes(self) -> int:
-        """How much data this holds."""
-        return sum(len(part.data or b"") for part in self.place.parts) if isinstance(self.place, TarSample) else 0
+        """How much data this holds, beside short texts."""
+        if not isinstance(self.place, TarSample) or self.place.image is None or self.place.image.data is None:
+            return 0
+        return sum(part.size for part in self.place.parts)
 
     def without_data(self) -> SampleRef:
         """One that holds none; should it hold some now, loading the sample will unpack its tar from the start."""
@@ -208,7 +210,8 @@ def _tar_ref(shard: InputShard, sample: TarSample) -> SampleRef:
 
 
 def _load_from_tar(shard: InputShard, path: str, sample: TarSample) -> RawSample:
-    if is_gzip_tar(path):
+    assert sample.image is not None
+    if sample.image.data is not None:
         return _from_tar(shard, sample)
     try:
         if is_address(path):
@@ -216,9 +219,10 @@ def _load_from_tar(shard: InputShard, path: str, sample: TarSample) -> RawSample
             image, label, caption, text = _fetched(remote, sample)
         else:
             there = os.stat(path)
+            if there.st_size != shard.num_bytes:
+                raise OSError(changed(there.st_size, shard.num_bytes))
             opened = _opened(path, there.st_dev, there.st_ino)  # held while it is read, so that it stays open
             file = opened.descriptor
-            require_size(file, shard.num_bytes)
             image, label = _pread(file, sample.image), _pread(file, sample.label)
             caption, text = _pread(file, sample.caption), _pread(file, sample.json)
     except OSError as error:
@@ -242,12 +246,16 @@ class _OpenFile:
 @lru_cache(maxsize=OPEN_TARS)  # a sample of small images is read faster than its tar is opened
 def _opened(path: str, device: int, inode: int) -> _OpenFile:
     """The file that is there now; another one in its place is opened anew."""
-    return _OpenFile(path)
+    file = _OpenFile(path)
+    status = os.fstat(file.descriptor)
+    if (status.st_dev, status.st_ino) != (device, inode):
+        raise OSError("the tar has changed since the corpus was planned")
+    return file
 
 
 def _pread(descriptor: int, part: Part | None) -> Part | None:
-    if part is None:
-        return None
+    if part is None or part.data is not None:
+        return part
     data = os.pread(descriptor, part.size, part.offset)
     if len(data) < part.size:
         raise OSError("the tar ends too early")

@@ -177,6 +177,31 @@ def test_what_changes_after_planning_is_a_row(folder: Path, shards: Path) -> Non
     assert [(ref.key, ref.problem) for ref in listed] == [(row.key, row.problem) for row in rows]
 
 
+def test_the_index_of_a_tar_holds_its_short_texts_and_no_image(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (shard, *_) = plan_corpus(str(shards)).shards
+    read: list[int] = []
+    pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda file, size, place: read.append(size) or pread(file, size, place))
+    for ref, whole in zip(list_samples(shard), read_samples(shard), strict=True):
+        assert load_sample(shard, ref) == whole
+        assert isinstance(whole.image, bytes)
+        assert read.pop() == len(whole.image)
+        assert not read, "nothing but the image"
+        assert (ref.held_bytes, ref.without_data()) == (0, ref)
+
+
+def test_a_tar_exchanged_while_it_is_opened_is_a_row(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (shard, *_) = plan_corpus(str(shards)).shards
+    ref = next(list_samples(shard))
+    other = os.stat(shutil.copy(shards / "000000.tar", shards / "copy"))
+    monkeypatch.setattr(os, "stat", lambda path: other)
+    problem = load_sample(shard, ref).problem
+    monkeypatch.undo()
+    assert problem is not None
+    assert (problem.reason, problem.detail) == (Reason.UNREADABLE, "the tar has changed since the corpus was planned")
+    assert load_sample(shard, ref).problem is None
+
+
 @pytest.mark.parametrize(
     ("corpus", "message"),
     [
