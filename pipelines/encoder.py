@@ -111,12 +111,19 @@ class SpanEncoder:
         if encoding.compiled:
             assert isinstance(self._tokenizer, Tokenizer), "other people's tokenizers compile themselves"
             self._tokenizer.compile_encoder()
+            side = preprocessing.size
+            blank = torch.zeros(1, preprocessing.channels, side, side, dtype=torch.uint8, device=self._device)
+            with self._autocast(encoding):
+                self._tokenizer.encode(blank)  # compiles: what takes long, or fails, is the start and no batch
         self._preprocessing, self._encoding = preprocessing, encoding
         self._sample_timeout, self._within = sample_timeout, within
         # int64 would weigh four to eight times as much
         self._dtypes = {level: dtype_for(size) for level, size in self._tokenizer.levels.items()}
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="decode")
         self._waiting_threads = ThreadPoolExecutor(REMOTE_THREADS, thread_name_prefix="fetch")
+
+    def _autocast(self, encoding: Encoding) -> torch.autocast:
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=encoding.precision == "bf16")
 
     def spans(self, shard: InputShard, first_span: int = 0, stop_span: int | None = None) -> Iterator[Span]:
         """Encodes an input shard from a span on, to its end or up to another span. The next span is decoded while this one is encoded."""
@@ -185,8 +192,7 @@ class SpanEncoder:
             padded = min(size for size in (*PADDED_SIZES, batch_size) if len(images) <= size <= batch_size)
             batch = torch.zeros(padded, *images.shape[1:], dtype=torch.uint8, pin_memory=self._device.type == "cuda")
             batch.numpy()[: len(images)] = images
-            autocast = torch.autocast(self._device.type, torch.bfloat16, enabled=self._encoding.precision == "bf16")
-            with self._within(self._sample_timeout * batch_size), autocast:
+            with self._within(self._sample_timeout * batch_size), self._autocast(self._encoding):
                 codes = self._tokenizer.encode(batch.to(self._device, non_blocking=True))
             # Copied, as somebody's code may use its memory again; but fetched behind the last batch: a GPU is not waited for before.
             parts.append({level: values[: len(images)].clone() for level, values in codes.items()})

@@ -196,7 +196,7 @@ def test_decoding_and_encoding_have_their_limits(scenes: str, tokenizer_folder: 
         packed(tokenizer.load(tokenizer_folder)), PREPROCESSING, Encoding(16), "cpu", sample_timeout=7, within=within
     )
     assert len(list(made.spans(plan_corpus(scenes).shards[0]))) == 3
-    assert sorted(limits) == [7] * 100 + [7 * 16] * (3 + 3 + 2)
+    assert sorted(limits) == [7] * 100 + [7 * 16] * (3 + 3 + 2 + 3), "each image, each batch, and fetching each span"
 
 
 # Of three spans; where one that dies and one that hangs come together, only the first is met before careful mode.

@@ -127,7 +127,7 @@ def test_a_job_that_is_told_to_stop_says_so_and_goes_on_in_the_cluster_that_ray_
     done = run(scenes, tokenizer_folder, out, cluster.environment | {"RAY_ADDRESS": cluster.address})  # as in a Ray job
     assert done.returncode == 0, done.stderr
     assert "2 machines, 2 CPU, 0 GPU; 2 workers of 1 CPU" in done.stderr.splitlines()[0]
-    assert json.loads(done.stdout.splitlines()[-1])["resumed_rows"] >= 60
+    assert json.loads(done.stdout.splitlines()[-1])["resumed_rows"] >= 40  # the third record may be ahead of zarr.json
     assert tree(out) == tree(reference)
 
 
