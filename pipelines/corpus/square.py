@@ -76,16 +76,16 @@ def make_square(
     if isinstance(image, Image.Image) and (image.mode == "RGBA" or any(edge % 1 for edge in box)):
         planes = _resize_by_pillow(image, box, (width, height), background, channels)
     else:
-        planes = _resize(_pixels(image, (int(left), int(top), int(right), int(bottom))), width, height)
+        planes = resize_planes(_pixels(image, (int(left), int(top), int(right), int(bottom))), width, height)
     planes = _upright(planes, orientation)
     planes = planes[:, :, ::-1] if flip else planes
     if len(planes) < channels:
         planes = np.repeat(planes, channels, axis=0)
-    return _padded(planes, size, background)
+    return pad_square(planes, size, background)
 
 
-def _resize(pixels: Pixels, width: int, height: int) -> Pixels:
-    """[h, w, C] -> [C, height, width]; of four channels the last is Pillow's filling."""
+def resize_planes(pixels: Pixels, width: int, height: int) -> Pixels:
+    """Bicubic, antialiased: uint8 [h, w, C] -> [C, height, width]; of four channels the last is Pillow's filling."""
     if pixels.shape[:2] != (height, width):
         planes = torch.from_numpy(pixels).permute(2, 0, 1)[None]
         planes = torch.nn.functional.interpolate(planes, (height, width), mode="bicubic", antialias=True)
@@ -147,7 +147,7 @@ def _upright(planes: Pixels, orientation: int) -> Pixels:
     return planes.transpose(0, 2, 1) if orientation in _SWAPPED else planes
 
 
-def _padded(planes: Pixels, size: int, background: tuple[int, int, int]) -> Pixels:
+def pad_square(planes: Pixels, size: int, background: tuple[int, int, int]) -> Pixels:
     """In the middle of [C, size, size], offsets rounded down."""
     channels, height, width = planes.shape
     if (height, width) == (size, size):
