@@ -22,21 +22,22 @@ class Stamps:
     """Gives each decoded frame its time, in ticks, though some files misreport them.
 
     Frames come in the order in which they are shown. Their presentation time is believed as long as it goes wrong no more often than the
-    decoding time, as FFmpeg does it (guess_correct_pts in libavcodec/decode.c): AVI files with B-frames have only the second in order. What still does
-    not grow is put one frame's length behind the frame before.
+    decoding time, as FFmpeg does it (guess_correct_pts in libavcodec/decode.c). What still does not grow is put one frame's length behind the
+    frame before.
     """
 
-    def __init__(self, length: int) -> None:
+    def __init__(self, length: int, *, has_pts: bool = True) -> None:
         """Begins a file.
 
         Args:
             length: of a frame that does not say its own, ticks.
+            has_pts: whether the container has presentation times; AVI has not, and what is then guessed for B-frames is out of order.
         """
         self._length = max(1, length)
         self._last: int | None = None
         self._next = 0
         self._last_pts = self._last_dts = -(1 << 63)
-        self._bad_pts = self._bad_dts = 0
+        self._bad_pts, self._bad_dts = int(not has_pts), 0
         self.mended = 0
 
     def __call__(self, pts: int | None, dts: int | None, length: int | None) -> tuple[int, int]:

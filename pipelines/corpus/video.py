@@ -112,14 +112,15 @@ class Video:
                 f"{context.width} x {context.height} a frame; at most {most:,} pixels fit the memory allowed",
             )
         context.thread_count = 1
-        context.options = {"max_pixels": str(most)}  # of frames that are larger than the header says
+        # Of frames that are larger than the header says; decoders round sizes up.
+        context.options = {"max_pixels": str(most * 5 // 4 + 65_536)}
         found.container, found.codec, found.declared = container.format.name, context.name, stream.frames
         found.rate = stream.average_rate or stream.guessed_rate or DEFAULT_RATE
 
     def _decoded(self, container: Any, stream: VideoStream) -> Iterator[tuple[VideoFrame, Fraction, Fraction]]:
         found = self.findings
         base = stream.time_base or 1 / found.rate
-        stamps = Stamps(int(1 / (found.rate * base)))
+        stamps = Stamps(int(1 / (found.rate * base)), has_pts=found.container != "avi")
         for frame in self._frames(container, stream):
             found.broken += frame.is_corrupt
             if not found.frames:
