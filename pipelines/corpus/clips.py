@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 from av.video.frame import VideoFrame
@@ -143,18 +143,3 @@ def _geometry(width: int, height: int, aspect: Fraction, preprocessing: Preproce
     across, down = min(width, max(1, round(side / aspect))), min(height, max(1, round(side)))
     left, top = (width - across) // 2, (height - down) // 2
     return left, top, left + across, top + down, size, size
-
-
-def preprocessing_record(rule: ClipRule, *, fast: bool) -> dict[str, Any]:
-    """What a store records of how videos became clips, as JSON values."""
-    import av
-
-    ffmpeg = ", ".join(f"{name} {'.'.join(map(str, version))}" for name, version in sorted(av.library_versions.items()))
-    return {
-        "clip_frames": rule.frames,
-        "clip_rate": str(rule.rate) if rule.rate is not None else None,
-        "clip_stride": rule.step,
-        "clip_tail": rule.tail,
-        "clip_resize": "swscale area" if fast else "bicubic, antialiased, torch",
-        "video_decoder": f"pyav {av.__version__} ({ffmpeg})",
-    }
