@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from itertools import count, islice
+from itertools import chain, count, islice
 from typing import Any
 
 import numpy as np
@@ -140,9 +140,9 @@ class SpanEncoder:
         refs = _refs(shard, first_span, stop_span)
         with CarefulDecoder(self._preprocessing, self._sample_timeout) as decoder:
             for index in count(first_span):
-                span = list(islice(refs, SPAN_SAMPLES))
-                if not span:
+                if (first := next(refs, None)) is None:
                     return
+                span = chain([first], islice(refs, SPAN_SAMPLES - 1))  # those of a gzip tar hold their files
                 yield self._encode(index, shard, decoder.outcomes(load_sample(shard, ref) for ref in span))
 
     def _decode_next(self, shard: InputShard, refs: Iterator[SampleRef]) -> list[Future[_Outcome]]:

@@ -133,7 +133,7 @@ def test_no_more_is_held_than_may_wait_to_be_decoded(
     """Decoding takes its time; what was read and is not decoded yet is counted whenever a sample is read."""
     monkeypatch.setattr("torch.set_num_threads", lambda number: None)
     monkeypatch.setattr(encoder_module, "MAX_HELD_BYTES", 5000)
-    held, most, load = 0, 0, encoder_module._load
+    held, most, load = 0, 0, SpanEncoder._load
 
     def listed(*arguments: Any, **options: Any) -> Any:
         nonlocal held, most
@@ -142,14 +142,14 @@ def test_no_more_is_held_than_may_wait_to_be_decoded(
             most = max(most, held)
             yield ref
 
-    def slow(shard: Any, ref: SampleRef, preprocessing: Preprocessing) -> Any:
+    def slow(encoder: SpanEncoder, shard: Any, ref: SampleRef) -> Any:
         nonlocal held
         time.sleep(0.002)
         held -= ref.held_bytes
-        return load(shard, ref, preprocessing)
+        return load(encoder, shard, ref)
 
     monkeypatch.setattr(encoder_module, "list_samples", listed)
-    monkeypatch.setattr(encoder_module, "_load", slow)
+    monkeypatch.setattr(SpanEncoder, "_load", slow)
     (tmp_path / "a.tar.gz").write_bytes(gzip.compress(Path(scenes.replace("{000000..000002}", "000001")).read_bytes()))
     (shard,) = plan_corpus(str(tmp_path / "a.tar.gz"), gzip_tars=True).shards
     encoder = SpanEncoder(packed(tokenizer.load(tokenizer_folder)), Preprocessing(16), Encoding(), "cpu", 1)
