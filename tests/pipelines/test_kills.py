@@ -210,7 +210,7 @@ def disturbed(
     return done
 
 
-@pytest.mark.timeout(900)  # half a minute, but for a busy machine, on which each start of a process takes long
+@pytest.mark.timeout(900)  # on a busy machine, where each start of a process takes long
 def test_a_node_a_writer_and_a_driver_die(nodes: Nodes, corpus: Path, quiet: dict[str, bytes], tmp_path: Path) -> None:
     out = tmp_path / "codes.zarr"
     done = disturbed(nodes, corpus, out, 2, [kill_node, kill_writer, kill_driver], random.Random(1))
