@@ -35,7 +35,7 @@ demo: $(VENV)/.base ## generated images through the whole chain, in under two mi
 test: $(VENV)/.dev ## all tests; those on real data run where VQMILL_DATA or ../shared/data is
 	$(BIN)/pytest
 
-test-chaos: $(VENV)/.dev ## a hundred kills and more, and servers that fail, for a quarter of an hour; VQMILL_CHAOS_SEED=N repeats one
+test-chaos: $(VENV)/.dev ## a hundred kills and more, and servers that fail; VQMILL_CHAOS_SEED=N kills in the same order again
 	$(BIN)/pytest -m chaos
 
 lint: $(VENV)/.dev ## format, lint, types and one-way imports

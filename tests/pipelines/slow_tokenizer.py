@@ -13,7 +13,7 @@ from torch import Tensor
 import tokenizer
 
 FOLDER = "VQMILL_TEST_TOKENIZER"  # names the tokenizer
-SECONDS = 0.3  # at most, for a batch
+SECONDS = 0.2  # at most, for a batch
 
 
 class Slow:
