@@ -16,7 +16,6 @@ import yaml
 
 import vqmill
 from pipelines.cli import app
-from pipelines.cluster import WORKER_ENVIRONMENT
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -79,10 +78,6 @@ def test_the_kuberay_job_has_known_fields_and_a_command_that_is_ours() -> None:
         assert all(isinstance(value, str) for value in part["rayStartParams"].values())
         [container] = part["template"]["spec"]["containers"]
         assert container["resources"]["requests"] == container["resources"]["limits"]
-        assert all(isinstance(setting["value"], str) for setting in container.get("env", ()))
-    assert {
-        setting["name"]: setting["value"] for setting in group["template"]["spec"]["containers"][0]["env"]
-    } == WORKER_ENVIRONMENT
     command, _, otherwise = spec["entrypoint"].partition(" || ")
     assert otherwise == "test $? -eq 3", "quarantined samples are no failure"
     assert accepted(command)["workers"] == group["replicas"]
@@ -99,12 +94,10 @@ def test_the_cluster_file_is_what_ray_up_takes() -> None:
         line.partition('"')[2].partition('"')[0] for line in text.splitlines() if line.startswith("#     ray exec")
     ]
     assert accepted(command)["cluster"].address == "auto"
-    assert all(f"{name}={value}" in text for name, value in WORKER_ENVIRONMENT.items())
 
 
 def test_the_slurm_script_is_well_formed_and_its_command_is_ours() -> None:
     script = (CLUSTER / "slurm.sh").read_text()
     assert subprocess.run(["bash", "-n"], input=script, text=True, check=False).returncode == 0
-    assert all(f"{name}={value}" in script for name, value in WORKER_ENVIRONMENT.items())
     command = script[script.index("    vqmill tokenize") :].partition("\\\n")[0]
     assert accepted(command.strip())["cluster"].address == "auto"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Tokenizes a corpus on Slurm: sbatch --nodes=8 slurm.sh CORPUS TOKENIZER OUT
 # The nodes of one allocation become one Ray cluster; when the job is killed or requeued, the same command goes on where it stopped.
-# CORPUS, TOKENIZER and OUT lie where every node sees them: on a shared file system, or (CORPUS and OUT) in a bucket.
+# CORPUS lies where every node sees it, at the same place: on a shared file system, or in a bucket; so may OUT. TOKENIZER is a folder of the first node.
 #SBATCH --job-name=vqmill
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -20,9 +20,6 @@ corpus=$1 tokenizer=$2 out=$3
 export RAY_AUTH_MODE=token
 RAY_AUTH_TOKEN=$(od -An -N32 -tx1 /dev/urandom | tr -d ' \n')
 export RAY_AUTH_TOKEN
-
-# glibc otherwise maps and unmaps every large tensor; vqmill sets these for a Ray that it starts itself.
-export MALLOC_ARENA_MAX=1 MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184
 
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 address=$(getent ahostsv4 "$head" | awk 'NR == 1 { print $1 }'):6379
