@@ -18,7 +18,7 @@ from pipelines.careful import SAMPLE_TIMEOUT, CarefulDecoder
 from pipelines.corpus.decoding import decode_sample
 from pipelines.corpus.images import Decoded, Preprocessing
 from pipelines.corpus.plan import InputShard
-from pipelines.corpus.problems import BadImage
+from pipelines.corpus.problems import BadImage, Reason
 from pipelines.corpus.samples import RawSample, SampleRef, list_samples, load_sample
 from pipelines.precision import exact_float32
 from tokenizer.models import Tokenizer
@@ -165,6 +165,9 @@ class SpanEncoder:
                 outcome: Decoded | BadImage = decode_sample(sample, self._preprocessing)
         except BadImage as problem:
             outcome = problem
+            if problem.reason is Reason.OUT_OF_MEMORY:  # perhaps its neighbours' fault; careful mode knows
+                with CarefulDecoder(self._preprocessing, self._sample_timeout) as decoder:
+                    [(_, outcome)] = decoder.outcomes(iter([sample]))
         return replace(sample, image=None), outcome
 
     def _encode(self, index: int, shard: InputShard, span: Iterable[_Outcome]) -> Span:

@@ -21,11 +21,13 @@ class Machine:
         host: its name.
         kind: as `encoder.describe_device` names it.
         sees_corpus: whether it finds the path that it was asked for.
+        node: Ray's identifier of it; empty when it is not known.
     """
 
     host: str
     kind: str
     sees_corpus: bool
+    node: str = ""
 
 
 class Kinds:
@@ -76,6 +78,7 @@ class Fleet:
         """
         self._start_actor, self._kinds, self._corpus = start_actor, kinds, corpus
         self._failed = 0
+        self._nodes: dict[Any, str] = {}
         self.starting: dict[Any, Any] = {}
 
     def start(self, number: int = 1) -> None:
@@ -109,7 +112,16 @@ class Fleet:
                 f"{machine.host}: {self._corpus} is not there, but on this machine it is. A local corpus must be at the same place on every machine of "
                 "the cluster (a shared folder). Or read it from a bucket: docs/object-stores.md."
             )
+        self._nodes[actor] = machine.node
         return [actor]
+
+    def dismiss(self, actor: Any) -> bool:
+        """Ends an actor that does not answer, dead or not, so that its place is free; says whether its machine was lost with it."""
+        import ray
+
+        ray.kill(actor)
+        node = self._nodes.pop(actor)
+        return bool(node) and not any(found["Alive"] and found["NodeID"] == node for found in ray.nodes())
 
 
 def _why(error: Exception) -> str:

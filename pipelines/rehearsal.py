@@ -172,6 +172,7 @@ def rehearse(
     )  # this machine need not be like the cluster's
     encoder = SpanEncoder(packed(model), images, options.encoding, device, options.cluster.threads)
     tried = Rehearsal()
+    shards = [shard for shard in shards if shard.num_samples]
     chosen = [shards[index * len(shards) // PLACES] for index in range(PLACES)] if len(shards) > PLACES else shards
     for number, shard in enumerate(chosen, 1):
         spans = encoder.spans(shard)

@@ -40,7 +40,8 @@ class EncoderActor:
 
     def describe(self, corpus: Path | None) -> Machine:
         """Says where it runs, and whether a path of the corpus is there."""
-        return Machine(socket.gethostname(), describe_device(self._device), corpus is None or corpus.exists())
+        node = ray.get_runtime_context().get_node_id()
+        return Machine(socket.gethostname(), describe_device(self._device), corpus is None or corpus.exists(), node)
 
     def encode(
         self, shard: InputShard, first_span: int, stop_span: int, *, careful: bool

@@ -20,6 +20,7 @@ from vqmill.errors import CodesError
 WINDOW = 4  # input shards in flight for each actor: bounds what waits for its turn
 MAX_WAITING_SPANS = 64  # of an input shard whose turn has not come; beyond, its actor is left to wait
 WAITING_SECONDS = 10.0  # without anything new, until that is told
+STUCK = 6  # times in a row that all who work wait for an actor that does not start, until one gives up its place
 MAX_DEATHS = 3  # a span that killed its actor so often, all but once in careful mode, stops the job
 CAREFUL_SPANS = 2  # after a death: the span that did not arrive, and the one that was decoded ahead of it
 
@@ -116,6 +117,7 @@ class _Range:
     deaths: Counter[tuple[int, int]] = field(default_factory=Counter[tuple[int, int]])
     seen: Counter[int] = field(default_factory=Counter[int])
     again: list[tuple[int, int]] = field(default_factory=list[tuple[int, int]])
+    stuck: int = 0
 
     def __post_init__(self) -> None:
         self.current = self.next_unit = self.start.input_shard
@@ -141,7 +143,8 @@ class _Range:
     def _assign(self) -> None:
         while self.idle:
             if self.again:
-                unit, span = self.again.pop(0)
+                unit, span = min(self.again)
+                self.again.remove((unit, span))
             elif self.next_unit < min(self.units, self.current + self.window):
                 unit, span = self.next_unit, self._first_span(self.next_unit)
                 self.next_unit += 1
@@ -164,8 +167,9 @@ class _Range:
         wanted = [stream for stream, task in self.running.items() if self._has_room(task.unit)]
         self.watch.starting = len(self.fleet.starting)
         ready = ray.wait([*self.fleet.starting, *wanted], timeout=WAITING_SECONDS, fetch_local=False)[0]
+        self.stuck = 0 if ready or wanted else self.stuck + 1
         if not ready:
-            self.watch.show()
+            self._explain(wanted)
         for stream in ready:
             if stream in self.fleet.starting:
                 self._employ(self.fleet.welcome(stream))
@@ -198,6 +202,25 @@ class _Range:
                 self.arrived.setdefault(task.unit, deque()).append(ArrivedSpan(task.unit, facts, span))
                 self.watch.arrived(self.numbers[task.actor], task.unit, facts)
 
+    def _explain(self, wanted: list[Any]) -> None:
+        """Nothing has come for a while: the display says for whom all wait."""
+        for stream, task in self.running.items():
+            if stream not in wanted:
+                self.watch.held_back(self.numbers[task.actor])
+        if self.stuck >= STUCK and self.running:
+            self._make_place()
+        self.watch.show()
+
+    def _make_place(self) -> None:
+        """All that work wait for an input shard whose actor was lost and finds no room to start again: the last of them gives up its own."""
+        self.stuck = 0
+        stream = max(self.running, key=lambda stream: self.running[stream].unit)
+        task = self.running.pop(stream)
+        self.fleet.dismiss(task.actor)
+        self.watch.left(self.numbers.pop(task.actor))
+        self.again.append((task.unit, task.next_span))
+        self.fleet.start()
+
     def _employ(self, actors: list[Any]) -> None:
         for actor in actors:
             taken = set(self.numbers.values())
@@ -221,6 +244,9 @@ class _Range:
     def _bury(self, task: _Running, error: Exception) -> None:
         """An actor died, by itself or by its deadlines: its input shard goes to a new one, carefully from the first span that did not arrive."""
         self.watch.died(self.numbers[task.actor], task.unit)
+        if self.fleet.dismiss(task.actor):  # the machine is to blame, and no sample
+            self.again.append((task.unit, task.next_span))
+            return
         self.deaths[task.unit, task.next_span] += 1
         deaths = self.deaths[task.unit, task.next_span]
         if deaths == MAX_DEATHS:

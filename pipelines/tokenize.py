@@ -87,7 +87,7 @@ class TokenizeResult:
         waiting: samples of the corpus behind those that a retry looks at.
         rows_per_shard: of the store.
         seconds: of this run.
-        workers: what each encoder actor did.
+        workers: what each encoder actor did, since machines were last lost with spans that were to be written.
         statistics: the file with a line for each input shard that this run came to the end of; empty when there was nothing to do.
     """
 
@@ -121,7 +121,7 @@ def store_spec(
             **store_record(model),
             "computed_on": _computed_on(options, found),
             **options.encoding.to_dict(),
-            "sample_timeout_seconds": options.sample_timeout,
+            **({"sample_timeout_seconds": options.sample_timeout} if options.sample_timeout != SAMPLE_TIMEOUT else {}),
         },
         preprocessing=_preprocessing(model, options).to_dict(),
         corpus={

@@ -30,6 +30,7 @@ from vqmill.places import FileAt, Folder, Where, place_of
 from vqmill.spec import MOST_ROWS_PER_SHARD, LevelSpec
 
 LISTED = 10
+MAX_SAMPLE_TIMEOUT = 86_400
 
 
 def tokenize(
@@ -48,6 +49,8 @@ def tokenize(
     ):
         if value is not None and value < 1:
             raise UsageError(f"{flag} must be at least 1, got {value}.")
+    if sample_timeout > MAX_SAMPLE_TIMEOUT:
+        raise UsageError(f"--sample-timeout must be at most {MAX_SAMPLE_TIMEOUT:,} (a day), got {sample_timeout:,}.")
     if shard_rows is not None and shard_rows > MOST_ROWS_PER_SHARD:
         raise UsageError(f"--shard-rows must be at most {MOST_ROWS_PER_SHARD:,}, got {shard_rows:,}.")
     if compiled and module:

@@ -140,6 +140,10 @@ class Watch:
         """A worker gave an input shard back that is not done."""
         self.workers[worker].input_shard = None
 
+    def held_back(self, worker: int) -> None:
+        """A worker waits until what it gave is taken: its silence says nothing of it."""
+        self.workers[worker].heard = time.monotonic()
+
     def died(self, worker: int, unit: int) -> None:
         """A worker died at an input shard, and is replaced."""
         self.workers[worker].deaths += 1

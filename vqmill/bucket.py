@@ -55,7 +55,9 @@ class Bucket:
         try:
             self.store: Any = obstore.store.from_url(self.name, client_options=options, retry_config=RETRY)  # pyright: ignore
         except Exception as error:  # obstore's errors have no base class in common
-            raise UsageError(f"{self.name}: not an address that can be read: {_said(error)}") from None
+            raise UsageError(
+                f"{self.name}: not an address that can be read: {_said(error)} Expected s3://, gs://, az:// or https://."
+            ) from None
 
     def __reduce__(self) -> tuple[type[Bucket], tuple[str]]:
         return Bucket, (self.name,)

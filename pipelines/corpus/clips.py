@@ -81,7 +81,13 @@ class VideoClips:
     def _taken(self) -> Iterator[tuple[Pixels, Fraction, Fraction, int]]:
         for shown in held(self._video.frames(), self._rule.rate):
             if shown.instants:  # the others are decoded, but not made small
-                square = self._square(shown.frame)
+                try:
+                    square = self._square(shown.frame)
+                except BadImage as error:
+                    if not self._number:
+                        raise
+                    self.findings.problem = f"it cannot be read to its end: {error.detail}"
+                    return
                 for instant in shown.instants:
                     yield square, instant, shown.time, shown.run
 

@@ -48,6 +48,7 @@ PILLOW_MAX_PIXELS = (
 )
 DRAFT_LEAST = 2.5  # what is left for the resize, so that it decides the quality
 DRAFT_FACTOR = 4  # JPEGs this much too large are decoded at a half, quarter or eighth
+TORCH_WANTS_MEMORY = "DefaultCPUAllocator"  # what its RuntimeError says then
 _ORIENTATION = 0x0112  # the EXIF tag
 quiet.install()
 
@@ -274,7 +275,7 @@ def _bad_image(data: bytes, error: Exception) -> BadImage:
     """The reason behind what a decoder raised."""
     said = " ".join(str(error).split())[:200]
     known = name_of_format(data)
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and TORCH_WANTS_MEMORY in said):
         return BadImage(Reason.OUT_OF_MEMORY, f"{known}: decoding it took more memory than there was for it")
     if isinstance(error, Image.DecompressionBombError):
         return BadImage(Reason.TOO_MANY_PIXELS, said)

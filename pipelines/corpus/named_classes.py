@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 from pipelines.corpus.objects import get_small, is_address
 from pipelines.corpus.problems import CorpusError
@@ -10,6 +11,7 @@ from pipelines.corpus.problems import CorpusError
 CLASSES_FILE = "classes.txt"
 MAX_BYTES = 4 << 20  # the 21,841 classes of ImageNet take a tenth of it
 MAX_CLASSES = 100_000
+JOINERS = re.compile("[\u200c\u200d]")  # parts of words in Persian and Hindi, though they print nothing
 
 
 def read_class_names(folder: str) -> tuple[str, ...] | None:
@@ -48,9 +50,9 @@ def _read(path: str) -> bytes | None:
 
 def _name(line: bytes, place: str) -> str:
     try:
-        name = line.decode().strip()
+        name = line.decode().removeprefix("\ufeff").strip()  # a mark that some editors begin files with
     except UnicodeDecodeError as error:
         raise CorpusError(f"{place}: not UTF-8 ({error.reason} at byte {error.start} of the line).") from error
-    if not name.isprintable():
+    if not JOINERS.sub("", name).isprintable():
         raise CorpusError(f"{place}: {name[:80]!r} has characters that cannot be shown. It holds the name of a class.")
     return name

@@ -13,7 +13,8 @@ Frame = TypeVar("Frame")
 Kept = TypeVar("Kept")
 Tail = Literal["drop", "pad"]
 
-MAX_HOLD_SECONDS = 10  # a frame that would be shown for longer ends a run: its timestamps have jumped
+MAX_HOLD_SECONDS = 10  # a frame that would be shown for longer ends a run: its timestamps have jumped,
+MAX_LENGTH_SECONDS = 600  # unless it says itself that it is shown for so long, as slides do
 MAX_RATE = 1000
 MAX_FRAMES = 4096  # of a clip
 
@@ -96,8 +97,8 @@ def held(frames: Iterable[tuple[Frame, Fraction, Fraction]], rate: Fraction | No
         if before is None:
             origin = found[1]
         else:
-            jumped = found[1] - before[1] > max(MAX_HOLD_SECONDS, before[2])
-            end = before[1] + before[2] if jumped else found[1]
+            jumped = found[1] - before[1] > max(MAX_HOLD_SECONDS, min(before[2], MAX_LENGTH_SECONDS))
+            end = before[1] + min(before[2], MAX_LENGTH_SECONDS) if jumped else found[1]
             instants = _instants(origin, index, rate, before[1], end)
             yield Shown(before[0], before[1], instants, run)
             index += len(instants)

@@ -28,6 +28,7 @@ CONTAINERS = ("mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm", "avi", "mpegts", "mpeg
 FRAME_BYTES = (
     24  # of each pixel, while a frame is decoded and made small: the decoder's reference frames, RGB and a copy
 )
+MISSING_SECONDS = Fraction(1, 4)  # at the end, beyond which a video is cut: what headers say is rounded
 DEFAULT_RATE = Fraction(25)  # where a file says nothing
 av.logging.set_level(None)  # what is wrong with a file is told in rows, not on the terminal
 
@@ -121,6 +122,7 @@ class Video:
         found = self.findings
         base = stream.time_base or 1 / found.rate
         stamps = Stamps(int(1 / (found.rate * base)), has_pts=found.container != "avi")
+        begin = end = Fraction(0)
         for frame in self._frames(container, stream):
             found.broken += frame.is_corrupt
             if not found.frames:
@@ -128,8 +130,12 @@ class Video:
                 found.pixel_aspect = _pixel_aspect(stream)
             found.frames += 1
             time, length = stamps(frame.pts, frame.dts, frame.duration)
-            found.mended = stamps.mended
+            begin = time * base if found.frames == 1 else begin
+            end, found.mended = (time + length) * base, stamps.mended
             yield frame, time * base, length * base
+        missing = _claimed_seconds(container, stream) - (end - begin)
+        if found.frames and not found.problem and missing > max(MISSING_SECONDS, 3 / found.rate):
+            found.problem = f"it ends after {float(end - begin):.1f} s, {float(missing):.1f} s before it should"
 
     def _frames(self, container: Any, stream: VideoStream) -> Iterator[VideoFrame]:
         """Whatever the decoder gives; broken packets are counted."""
@@ -199,6 +205,17 @@ def _stream(container: Any) -> VideoStream:
         return bool(stream.disposition & Disposition.default), stream.width * stream.height, -stream.index
 
     return max(known, key=rank)
+
+
+def _claimed_seconds(container: Any, stream: VideoStream) -> Fraction:
+    """How long the video is as the file says; 0 when it does not, as MPEG streams do not. The file's own length counts where it has no sound."""
+    if stream.duration and stream.time_base:
+        return stream.duration * stream.time_base
+    return (
+        Fraction(container.duration, av.time_base)
+        if container.duration and len(container.streams) == 1
+        else Fraction(0)
+    )
 
 
 def _pixel_aspect(stream: VideoStream) -> Fraction:

@@ -191,6 +191,7 @@ def test_a_cut_file_keeps_its_whole_clips_and_says_so() -> None:
     for share in (0.3, 0.5, 0.9):
         video = VideoClips(data[: int(len(data) * share)], EACH, SMALL)
         kept = list(video)
+        assert video.warning(), share
         assert 0 < len(kept) < 10
         assert [brightness(clip)[0] for clip in kept] == [4 * index % 12 for index in range(len(kept))]
     whole = VideoClips(data, EACH, SMALL)
@@ -304,3 +305,13 @@ def test_an_attached_picture_is_no_video() -> None:
     video = VideoClips(file.getvalue(), EACH, SMALL)
     assert len(list(video)) == 1
     assert video.findings.width == 64
+
+
+def test_a_frame_that_grows_too_large_in_the_middle_ends_the_video_with_a_warning() -> None:
+    options = {"codec": "mpeg2video", "kind": "mpegts", "form": "yuv420p", "rate": 25, "options": {}}
+    joined = film(12, (64, 48), **options) + film(12, (640, 480), **options)
+    video = VideoClips(joined, EACH, Preprocessing(size=16, max_memory_bytes=1_000_000))
+    assert 2 <= len(list(video)) <= 3
+    found = video.warning()
+    assert found is not None
+    assert found.reason is Reason.PARTLY_DECODED

@@ -17,6 +17,7 @@ from pipelines.corpus.images import Preprocessing
 from pipelines.corpus.plan import plan_corpus
 from pipelines.encoder import Encoding, Span, describe_device
 from pipelines.errors import RunFailed, WriteLost
+from pipelines.fleet import Fleet, Kinds
 from pipelines.foreign import packed
 from pipelines.spans import Encoders
 from pipelines.watch import Watch
@@ -52,10 +53,10 @@ def test_lost_spans_are_encoded_again_while_that_leads_anywhere(
     monkeypatch.setattr(tokenize_module, "_try", attempt)
     job: Any = SimpleNamespace()
     if commits[-1] is None:
-        tokenize_module._run(job, job, writer, [7], job, job, job)  # pyright: ignore
+        tokenize_module._run(job, job, writer, [7], job, job, job, job)
     else:
         with pytest.raises(WriteLost):
-            tokenize_module._run(job, job, writer, [7], job, job, job)  # pyright: ignore
+            tokenize_module._run(job, job, writer, [7], job, job, job, job)
     assert len(missing) == tries
     assert missing[0] == [7]
     assert missing[1:] == [[sum(commits[: number + 1])] for number in range(tries - 1)]
@@ -72,10 +73,11 @@ def test_actors_end_when_nobody_wants_the_rest(scenes: str, tokenizer_folder: Pa
     model, started, plan = packed(tokenizer.load(tokenizer_folder)), [], plan_corpus(scenes)
 
     def start_actor() -> Any:
-        started.append(EncoderActor.remote(model, Preprocessing(size=16, channels=3), Encoding(), "cpu"))
+        started.append(EncoderActor.remote(model, Preprocessing(size=16, channels=3), Encoding(), "cpu", 2, 60))
         return started[-1]
 
-    encoders = Encoders(plan.shards, start_actor, 2, describe_device("cpu"))
+    kinds = Kinds(describe_device("cpu"), lambda kind: None)
+    encoders = Encoders(plan.shards, Fleet(start_actor, kinds), 2)
     watch = Watch(plan.shards, Counts(), 300, lambda seen: 0, lambda *shown: None, lambda facts: None)
     spans = encoders.between(Cursor(), Cursor(3), watch)
     assert next(spans).facts.rows == 100
@@ -85,7 +87,7 @@ def test_actors_end_when_nobody_wants_the_rest(scenes: str, tokenizer_folder: Pa
 
     def ask_for_a_minute(actor: Any) -> None:
         for _ in range(600):  # an end takes a moment
-            ray.get(actor.describe.remote())
+            ray.get(actor.describe.remote(None))
             time.sleep(0.1)
 
     for actor in started:
@@ -106,7 +108,7 @@ def test_a_write_tells_lost_spans_from_other_failures(tmp_path: Path, stores: An
 
     (tmp_path / "file").write_bytes(b"")
     empty = Span(0, {}, SAMPLES_SCHEMA.empty_table(), QUARANTINE_SCHEMA.empty_table())
-    spec, hands = stores.two_levels, RayHands()
+    spec, hands = stores.two_levels, RayHands(place_of(tmp_path))
     lost = Order(place_of(tmp_path / "codes.zarr"), spec, 0, ((0, 0, True),))
     with pytest.raises(WriteLost, match="what was committed before is safe"):
         hands.collect(hands.submit(lost, [Dies.remote().span.remote()]))
