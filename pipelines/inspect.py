@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from pipelines.inspect_runs import inspect_evaluation, inspect_scores, inspect_u
 from pipelines.outputs import recorded_command
 from pipelines.planning import planned
 from pipelines.progress import meter
-from pipelines.results import Result
+from pipelines.results import Result, preprocessing_line
 from pipelines.tokenize_command import run_file
 from vqmill.commits import Counts, counts_of
 from vqmill.errors import UsageError
@@ -75,6 +76,7 @@ def _inspect_store(path: str) -> Result:
     lines = [
         f"{path}: a code store, {state}: {len(codes):,} rows in {spec.num_commits} Zarr shards of {spec.rows_per_shard:,}",
         _origin(spec),
+        *([f"images: {words}"] if (words := preprocessing_line(spec.preprocessing)) else []),
         f"{labelled:,} rows with labels, {len(np.unique(labels[labels != MISSING_LABEL]))} classes",
         *(usage_lines(spec, usage.used, usage.perplexity) if len(codes) else ()),
         f"codes on disk: {disk / 1e6:,.2f} MB, {raw / max(disk, 1):.2f} times smaller than raw {raw / 1e6:,.2f} MB",
@@ -84,6 +86,11 @@ def _inspect_store(path: str) -> Result:
         f"  {row['reason']}: {row['source']}: {row['key']} ({row['detail']})"
         for row in quarantine.slice(0, LISTED).to_pylist()
     ]
+    if (more := quarantine.num_rows - LISTED) > 0:
+        counts = Counter(map(str, quarantine["reason"].to_pylist()))
+        lines.append(
+            f"  ... and {more:,} more; in all {', '.join(f'{count:,} {reason}' for reason, count in counts.most_common())}"
+        )
     if command := recorded_command(run_file(path), path):
         lines.append(f"{'made by' if spec.complete else 'to go on with it'}: {command}")
     facts = {

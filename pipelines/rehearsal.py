@@ -19,8 +19,8 @@ from pipelines.growth import Job, grows, planned_job
 from pipelines.memory import keep_freed_memory
 from pipelines.options import choose_device
 from pipelines.progress import meter
-from pipelines.results import Result, grids
-from pipelines.tokenize import TokenizeOptions, store_spec
+from pipelines.results import Result, grids, preprocessing_line
+from pipelines.tokenize import TokenizeOptions, require_room_for, store_spec
 from tokenizer.protocol import ImageTokenizer
 from vqmill.commits import Cursor
 from vqmill.layout import encode_zarr_shard, find_spec, parquet_bytes, smallest_codec
@@ -98,14 +98,16 @@ def dry_run(plan: Plan, model: ImageTokenizer, out: Where, options: TokenizeOpti
     place = place_of(out)
     found = find_spec(place)
     job = planned_job(plan, place, found, retry=retry)
-    plan = job.parts[-1]
+    corpus, plan = plan, job.parts[-1]
     spec = store_spec(plan, model, options, found)
     if found:
         spec = replace(spec, codec=job.require_same(out, found, spec, plan).codec)
+    require_room_for(plan, place, spec.row_bytes, found)
     first, todo, state = _state(place, found, job)
     raw = plan.num_samples * spec.row_bytes
     lines = [
-        f"{plan.corpus}: {len(plan.shards):,} input shards, {plan.num_samples:,} samples, {plan.num_bytes / 1e6:,.1f} MB",
+        f"{corpus.corpus}: {len(corpus.shards):,} input shards, {corpus.num_samples:,} samples, {corpus.num_bytes / 1e6:,.1f} MB",
+        f"images: {preprocessing_line(spec.preprocessing)}",
         f"{out}: {grids(spec.levels)}; at most {raw / 1e6:,.1f} MB before compression, {spec.rows_per_shard:,} rows a Zarr shard",
         state,
     ]

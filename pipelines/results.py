@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,6 +51,22 @@ def grids(levels: Iterable[LevelSpec]) -> str:
     return ", ".join(
         f"{level.name} {'x'.join(map(str, level.grid))} of {level.codebook_size} codes" for level in levels
     )
+
+
+def preprocessing_line(record: Mapping[str, Any]) -> str:
+    """How images became squares, in words, of what a store records; what it does not say is left out.
+
+    >>> preprocessing_line({"size": 32, "fit": "crop", "background": [255, 255, 255]})
+    '32 x 32 pixels, --fit crop (the middle square), background 255,255,255'
+    """
+    size, fit, background = (record.get(key) for key in ("size", "fit", "background"))
+    shown = {"crop": "--fit crop (the middle square)", "pad": "--fit pad (all of it)"}
+    words = [
+        f"{size} x {size} pixels" if size else "",
+        shown.get(str(fit), ""),
+        f"background {','.join(map(str, background))}" if background else "",
+    ]
+    return ", ".join(filter(None, words))
 
 
 @dataclass

@@ -143,6 +143,17 @@ def _computed_on(options: TokenizeOptions, found: StoreSpec | None) -> str:
     return describe_device(options.device)
 
 
+def require_room_for(plan: Plan, place: Place, row_bytes: int, found: StoreSpec | None) -> None:
+    """Refuses a job whose store would not fit on its disk.
+
+    Raises:
+        UsageError: there is too little room for what is not committed yet.
+    """
+    # A ragged Zarr shard is written anew beside the old one.
+    kept = found.num_rows - found.num_rows % found.rows_per_shard if found else 0
+    require_room(place, max(0, plan.num_samples - kept) * (row_bytes + SAMPLE_BYTES))
+
+
 def _preprocessing(model: ImageTokenizer, options: TokenizeOptions) -> Preprocessing:
     return options.images.preprocessing(options.size, model.channels)
 
@@ -182,10 +193,7 @@ def tokenize_corpus(
     parts = job.parts
     if found:
         job.require_same(place, found, store_spec(parts[-1], model, options, found), parts[-1])
-    # A ragged Zarr shard is written anew beside the old one.
-    kept = found.num_rows - found.num_rows % found.rows_per_shard if found else 0
-    row_bytes = store_spec(plan, model, options).row_bytes + SAMPLE_BYTES
-    require_room(place, max(0, parts[-1].num_samples - kept) * row_bytes)
+    require_room_for(parts[-1], place, store_spec(plan, model, options).row_bytes, found)
     worked = not (found and found.complete and len(parts[-1].shards) == found.segments[-1].input_shards)
     if worked:
         started()

@@ -134,7 +134,7 @@ class Video:
             end, found.mended = (time + length) * base, stamps.mended
             yield frame, time * base, length * base
         missing = _claimed_seconds(container, stream) - (end - begin)
-        if found.frames and not found.problem and missing > max(MISSING_SECONDS, 3 / found.rate):
+        if found.frames and not found.problem and missing > max(MISSING_SECONDS, 2 / found.rate):
             found.problem = f"it ends after {float(end - begin):.1f} s, {float(missing):.1f} s before it should"
 
     def _frames(self, container: Any, stream: VideoStream) -> Iterator[VideoFrame]:

@@ -17,7 +17,10 @@ from pipelines.encoder import describe_device
 from pipelines.errors import RunFailed
 from pipelines.fleet import Fleet, Kinds, Machine
 from pipelines.options import ClusterFlags
+from pipelines.spans import STUCK, _Range, _Running
 from pipelines.tokenize import TokenizeOptions, TokenizeResult, tokenize_corpus
+from pipelines.watch import Watch
+from vqmill.commits import Counts, Cursor
 from vqmill.errors import UsageError
 from vqmill.layout import group_metadata
 
@@ -116,3 +119,59 @@ def test_a_stopped_job_goes_on_on_another_kind_of_machine_when_that_is_allowed(
     with pytest.raises(UsageError, match=r"(?s)there .*another machine.*--allow-mixed"):
         make(options)  # nor does it go back: what is recorded stays
     assert not make(mixed).did_something
+
+
+class Places:
+    """A fleet that remembers what it is told."""
+
+    def __init__(self, lost: bool) -> None:
+        self.lost, self.dismissed, self.started = lost, [], 0
+        self.starting: dict[Any, Any] = {}
+
+    def dismiss(self, actor: str) -> bool:
+        self.dismissed.append(actor)
+        return self.lost
+
+    def start(self) -> None:
+        self.started += 1
+
+
+def stretch(scenes: str, *, lost: bool) -> tuple[_Range, Places]:
+    """Two actors at work on the second and third of three input shards; the first one has none."""
+    shards, fleet = plan_corpus(scenes).shards, Places(lost)
+    watch = Watch(shards, Counts(), 300, lambda seen: 0, lambda *shown: None, lambda line: None)
+    watch.hired(2)
+    place: Any = fleet
+    made = _Range(shards, [], {"a": 0, "b": 1}, place, 8, Cursor(), 3, {}, watch)
+    for unit, actor in ((1, "a"), (2, "b")):
+        made.running[f"stream {unit}"] = _Running(unit, actor, 5, 9)
+        watch.began(made.numbers[actor], unit, 0)
+    return made, fleet
+
+
+def test_work_that_all_wait_for_gets_the_place_of_the_last_in_order(scenes: str) -> None:
+    made, fleet = stretch(scenes, lost=False)
+    made.again, made.stuck = [(0, 2)], STUCK - 1
+    made._explain([])
+    assert not fleet.dismissed, "it may only have to wait a moment"
+    made.stuck += 1
+    made._explain([])
+    assert (fleet.dismissed, fleet.started, made.again, made.numbers) == (["b"], 1, [(0, 2), (2, 5)], {"a": 0})
+    assert list(made.running) == ["stream 1"]
+    made._explain([])
+    assert fleet.dismissed == ["b"], "one at a time"
+
+
+@pytest.mark.parametrize("lost", [True, False], ids=["machine", "actor"])
+def test_a_lost_machine_is_not_blamed_on_samples(scenes: str, lost: bool) -> None:
+    made, fleet = stretch(scenes, lost=lost)
+    for _ in range(2):
+        made._bury(made.running["stream 1"], RuntimeError("died"))
+    assert fleet.dismissed == ["a", "a"], "it may be alive and hold its place"
+    assert made.deaths[1, 5] == (0 if lost else 2)
+    if lost:
+        made._bury(made.running["stream 1"], RuntimeError("died"))
+        assert made.again == [(1, 5)] * 3
+    else:
+        with pytest.raises(RunFailed, match="killed its worker 3 times"):
+            made._bury(made.running["stream 1"], RuntimeError("died"))
