@@ -251,7 +251,7 @@ def test_flags_reach_the_workers(
     with StoreWriter(tmp_path / "codes.zarr", store_spec(plan, model, options)) as writer:
         _fleet(plan, model, writer, options, crew).start()
     assert (asked["num_cpus"], asked["num_gpus"]) == (3, 0.5)
-    assert asked["arguments"][2:] == (Encoding(compiled=True), "cuda", 7)
+    assert asked["arguments"][2:] == (Encoding(compiled=True), "cuda", 7, 60)
     assert asked["runtime_env"]["env_vars"]["MALLOC_ARENA_MAX"] == "1"
 
 

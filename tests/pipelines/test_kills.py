@@ -194,8 +194,12 @@ def disturbed(
             time.sleep(0.1)  # most kills come when it encodes, some while it starts
         while driver.poll() is None:
             time.sleep(draw.uniform(0, 2) if left else 0.1)
-            if left and driver.poll() is None and left[0](nodes, driver.pid, draw):
+            if not left or driver.poll() is not None:
+                continue
+            if left[0](nodes, driver.pid, draw):
                 done[left.pop(0).__name__] += 1
+            else:  # nothing of the kind was to be found: others first
+                left.append(left.pop(0))
         if driver.returncode == 3:
             break
         log = (out.parent / f"{out.name}.log").read_text()
