@@ -12,6 +12,7 @@ from cyclopts import Parameter
 from pipelines.app import app, run
 from pipelines.cli_priors import sample, score, train_prior
 from pipelines.cli_stores import merge, repair, slice_store, verify
+from pipelines.interrupts import stop
 from pipelines.memory import keep_freed_memory
 from pipelines.options import (
     ClusterFlags,
@@ -266,12 +267,10 @@ def doctor(*, common: Common = Common()) -> int:
 def main() -> None:
     """The console script."""
     keep_freed_memory()
-    signal.signal(signal.SIGTERM, _stop)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as shells have it for what runs in the background
+            signal.signal(number, stop)
     sys.exit(app())
-
-
-def _stop(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Ctrl-C that waits for the work in hand."""
+"""Ctrl-C that is not lost, and Ctrl-C that waits for the work in hand."""
 
 from __future__ import annotations
 
@@ -6,6 +6,29 @@ import os
 import signal
 import threading
 from types import FrameType, TracebackType
+
+_stopped = False
+
+
+def stop(number: int, frame: FrameType | None) -> None:
+    """The command line's handler of Ctrl-C and SIGTERM: interrupts what runs, and remembers it, see `check`.
+
+    Raises:
+        KeyboardInterrupt: always.
+    """
+    global _stopped
+    _stopped = True
+    raise KeyboardInterrupt
+
+
+def check() -> None:
+    """Interrupts again what was interrupted where Python cannot pass it on: in a destructor, or in a callback of a fork.
+
+    Raises:
+        KeyboardInterrupt: `stop` was called before, and this is the main thread.
+    """
+    if _stopped and threading.current_thread() is threading.main_thread():
+        raise KeyboardInterrupt
 
 
 class PatientInterrupt:
@@ -26,7 +49,8 @@ class PatientInterrupt:
 
     def __enter__(self) -> PatientInterrupt:
         main = threading.current_thread() is threading.main_thread()
-        self._holds &= main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        self._before = signal.getsignal(signal.SIGINT)
+        self._holds &= main and self._before in (signal.default_int_handler, stop)
         if self._holds:
             signal.signal(signal.SIGINT, self._ask)
         return self
@@ -35,7 +59,7 @@ class PatientInterrupt:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._holds:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGINT, self._before)
         if self.asked and error is None:
             raise KeyboardInterrupt
 

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from pipelines.interrupts import check
+
 LOG_EVERY_SECONDS = 30.0
 
 
@@ -29,6 +31,7 @@ class Meter:
             total: of how much; None when it is not known.
             note: a few words more, such as the loss.
         """
+        check()
         if self._first is None:  # what comes before, such as Ray's start, is no part of the rate
             self._first, self._start = done, time.monotonic()
             if self._bar is not None and self._task is not None:

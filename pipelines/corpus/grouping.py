@@ -15,6 +15,7 @@ from pipelines.corpus.names import IMAGE_EXTENSIONS, passed_over
 from pipelines.corpus.problems import Problem, Reason
 from pipelines.corpus.tar import Member, TarDamage, TarStream
 
+FURTHER_IMAGE = "a further image of its sample"
 MAX_SAMPLE_BYTES = 256 << 20  # of the members of one sample that are read; a 100-megapixel photograph has about 50 MB
 MAX_SAMPLE_MEMBERS = 4096
 SHORT_TEXT = 512  # bytes: labels, and captions of a sentence or two
@@ -164,7 +165,7 @@ def _roles(extensions: tuple[str, ...]) -> _Roles | Problem:
     stem = chosen.removesuffix(_kind(chosen))  # `b.0000.` of `b.0000.jpg`, whose label is `b.0000.cls`
     texts = tuple(next((name for name in (stem + text, text) if name in extensions), "") for text in _TEXTS)
     others = [extension for extension in extensions if extension not in (chosen, *texts)]
-    unused = tuple("a further image of its sample" if name in images else passed_over("x." + name) for name in others)
+    unused = tuple(FURTHER_IMAGE if name in images else passed_over("x." + name) for name in others)
     return _Roles(chosen, texts, unused)
 
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Sequence
+
+from pipelines.corpus.problems import CorpusError
 
 # Formats that are not read (second line) are taken up all the same: such a file is a row with a reason, never passed over in silence.
 IMAGE_EXTENSIONS = frozenset(
@@ -51,3 +55,17 @@ def text_of(path: str | bytes) -> str:
     A file name is bytes; keys and sources go into tables whose strings are UTF-8.
     """
     return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def keys_of(paths: Sequence[str]) -> list[str]:
+    """Paths without their extension; with it where that would not be unique (`a.jpg` beside `a.png`).
+
+    Raises:
+        CorpusError: two are the same text.
+    """
+    stems = [os.path.splitext(path)[0] for path in paths]
+    counts = Counter(stems)
+    whole = set(paths)
+    if len(whole) < len(paths):
+        raise CorpusError("Two file names differ only in how they spell bytes that are not UTF-8. Rename one of them.")
+    return [path if counts[stem] > 1 or stem in whole else stem for path, stem in zip(paths, stems, strict=True)]

@@ -19,7 +19,7 @@ from pipelines.corpus.folder import FolderScan, FoundFile, scan_folder, scan_obj
 from pipelines.corpus.grouping import Tally, walk_samples
 from pipelines.corpus.named_classes import CLASSES_FILE, read_class_names
 from pipelines.corpus.named_tars import FORMS, expand_address, expand_paths
-from pipelines.corpus.names import is_gzip_tar, is_tar, passed_over, text_of
+from pipelines.corpus.names import is_gzip_tar, is_tar, keys_of, passed_over, text_of
 from pipelines.corpus.objects import check_address, is_address, list_objects, open_tar
 from pipelines.corpus.problems import CorpusError, Problem
 from pipelines.corpus.published import PREFIX, IdxFiles, find_published
@@ -298,7 +298,7 @@ def _plan_scan(corpus: str, root: str, scan: FolderScan, progress: Callable[[int
         scan.skipped[passed_over(tar.path) if is_gzip_tar(tar.path) else "tar: .tar"] += 1
     classes = _class_names(scan.images)
     labels = {name: label for label, name in enumerate(classes)}
-    keys = _keys([text_of(file.path) for file in scan.images])
+    keys = keys_of([text_of(file.path) for file in scan.images])
     files = [
         ImageFile(file.path, key, labels[file.path.split("/", 1)[0]] if classes else None, file.num_bytes, file.etag)
         for file, key in zip(scan.images, keys, strict=True)
@@ -315,16 +315,6 @@ def _class_names(images: Sequence[FoundFile]) -> list[str]:
     if any("/" not in file.path for file in images):
         return []
     return sorted({file.path.split("/", 1)[0] for file in images}, key=os.fsencode)
-
-
-def _keys(paths: Sequence[str]) -> list[str]:
-    """Paths without their extension; with it where that would not be unique (`a.jpg` beside `a.png`)."""
-    stems = [os.path.splitext(path)[0] for path in paths]
-    counts = Counter(stems)
-    whole = set(paths)
-    if len(whole) < len(paths):
-        raise CorpusError("Two file names differ only in how they spell bytes that are not UTF-8. Rename one of them.")
-    return [path if counts[stem] > 1 or stem in whole else stem for path, stem in zip(paths, stems, strict=True)]
 
 
 def _plan_tars(

@@ -14,8 +14,10 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+import webdataset
 
 from pipelines.corpus import CorpusError, Plan, RawSample, Reason, list_samples, load_sample, plan_corpus, read_samples
+from pipelines.planning import planned
 from vqmill.errors import CodesError
 
 
@@ -367,3 +369,23 @@ def test_the_first_samples_are_the_beginning_of_any_longer_plan(shards: Path, id
             assert plan.cut_at([number]).digest_of_first(len(first.shards)) == first.digest
             assert plan.first_samples(number + 2).cut_at([number]).digest_of_first(len(first.shards)) == first.digest
         assert plan.first_samples(plan.num_samples) is plan
+
+
+def test_what_somebody_may_have_meant_to_be_read_is_said(
+    folder: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], make_picture: Callable[..., bytes]
+) -> None:
+    planned(str(folder))
+    planned(str(shards))
+    assert capsys.readouterr().err == ""
+    for path in shards.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    planned(str(folder))
+    assert (
+        f"holds images and 3 tars, and of these the images are read only. For the tars, name them: '{folder}/*.tar'"
+        in " ".join(capsys.readouterr().err.split())
+    )
+    with webdataset.TarWriter(str(tmp_path / "pairs.tar")) as writer:
+        for number in range(2):
+            writer.write({"__key__": f"{number}", "jpg": make_picture(number), "png": make_picture(number)})
+    planned(str(tmp_path / "pairs.tar"))
+    assert "2 images are not used, each a further one of its sample" in capsys.readouterr().err

@@ -16,9 +16,11 @@ import pytest
 import torch
 import webdataset
 from PIL import Image
+from rich.console import Console
 from torch import Tensor, nn
 
 import tokenizer
+from pipelines import interrupts
 from pipelines.app import run
 from pipelines.cli import app
 from pipelines.context import LocalContext
@@ -26,6 +28,7 @@ from pipelines.errors import Diverged, RunFailed
 from pipelines.fit import FitConfig, fit
 from pipelines.interrupts import PatientInterrupt
 from pipelines.options import Common
+from pipelines.progress import Meter
 from pipelines.training_log import METRICS_FILE, NOTES_FILE
 from pipelines.training_state import RESUME_FILE
 from vqmill.checkpoint import load_checkpoint
@@ -144,6 +147,34 @@ def test_ctrl_c_that_nobody_looked_for_comes_through_in_the_end() -> None:
     with pytest.raises(KeyboardInterrupt), interrupt:
         ctrl_c()
     assert interrupt.asked
+
+
+class Eats:
+    """Ctrl-C is pressed in its destructor, where Python says so on stderr and goes on."""
+
+    def __del__(self) -> None:
+        ctrl_c()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_ctrl_c_that_python_has_swallowed_comes_back_with_the_next_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interrupts, "_stopped", False)
+    before = signal.signal(signal.SIGINT, interrupts.stop)
+    try:
+        with PatientInterrupt() as interrupt:
+            ctrl_c()
+            assert interrupt.asked, "training still makes a resume point first"
+            interrupt.asked = False
+        assert signal.getsignal(signal.SIGINT) is interrupts.stop
+        show = Meter("tokenizing", "samples", Console(file=io.StringIO()), None)
+        show(1, 2)
+        Eats()
+        with ThreadPoolExecutor(1) as threads:
+            threads.submit(show, 1, 2).result()
+        with pytest.raises(KeyboardInterrupt):
+            show(1, 2)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def corpus(path: Path) -> str:
