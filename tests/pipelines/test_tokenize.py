@@ -106,8 +106,9 @@ def test_a_finished_job_does_nothing_and_another_is_refused(
     assert tree(reference) == before
 
 
-def actor_pids() -> list[int]:
-    """Processes of encoder actors: Ray names them so."""
+def actor_pids(*, at_work: bool = False) -> list[int]:
+    """Processes of encoder actors: Ray names them so, and what they do."""
+    name = b"ray::EncoderActor.encode" if at_work else b"ray::EncoderActor"
     found = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdecimal():
@@ -115,7 +116,7 @@ def actor_pids() -> list[int]:
                 command = (folder / "cmdline").read_bytes()
             except (FileNotFoundError, ProcessLookupError):
                 continue
-            if command.startswith(b"ray::EncoderActor"):
+            if command.startswith(name):
                 found.append(int(folder.name))
     return found
 
@@ -129,20 +130,26 @@ def test_killed_actors_cost_nothing_and_no_sample_is_blamed(
 
     def kill_next() -> None:
         deadline = time.monotonic() + 60
-        while not (new := [pid for pid in actor_pids() if pid not in killed]):
+        while not (new := [pid for pid in actor_pids(at_work=True) if pid not in killed]):
             assert time.monotonic() < deadline, "no actor is running"
             time.sleep(0.01)
         os.kill(new[0], signal.SIGKILL)
         killed.append(new[0])
 
+    def kill_two() -> None:
+        kill_next()
+        kill_next()
+
+    two = Thread(target=kill_two)
+
     def kill(done: int, total: int, note: str) -> None:
-        if not killed:
-            kill_next()
-            Thread(target=kill_next).start()
+        if two.ident is None:  # no actor is there yet
+            two.start()
         elif done and len(killed) == 2:
             kill_next()
 
     result = make(scenes, tokenizer_folder, tmp_path / "codes.zarr", progress=kill)
+    two.join()
     assert (len(killed), result.counts.quarantined) == (3, 0)
     assert tree(tmp_path / "codes.zarr") == tree(reference)
 
