@@ -196,7 +196,7 @@ def _estimates(tried: Rehearsal, todo: int, spec: StoreSpec, options: TokenizeOp
         "rehearsed_reasons": dict(tried.reasons),
         "estimated_rows": round(rows),
         "estimated_bytes": round(rows * tried.row_bytes(spec)) if rows else 0,
-        "estimated_seconds": round(tried.job_seconds(todo, workers, cores), 1),
+        "estimated_seconds": round(tried.job_seconds(todo, workers, cores), 3),
     }
 
 
